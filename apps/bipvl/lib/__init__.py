@@ -1,0 +1,1 @@
+"""BiPVL Label: the parts of the app. `main.py` wires them together."""

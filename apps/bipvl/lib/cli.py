@@ -1,0 +1,199 @@
+"""The command line: train, infer and evaluate without a server, with the same code that the server runs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import track
+from rich.table import Table
+
+from lib import metrics
+from lib.cases import read_datalist
+from lib.concept_check import check
+from lib.infers import BiPVLInfer
+from lib.phantom import write_studies
+from lib.tasks import CONCEPTS_DIR, TASKS_DIR, Task, list_tasks, load_task
+from lib.trainers import BiPVLTrain
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+console = Console()
+DEFAULT_MODELS = Path(__file__).resolve().parents[1] / "model"
+
+TaskOption = Annotated[str, typer.Option("--task", help="name of a shipped task, or path of your own task file")]
+DataOption = Annotated[Path, typer.Option("--data", help="MONAI Label folder (labels in labels/final), or a JSON list")]
+ModelDirOption = Annotated[Path, typer.Option("--model-dir", help="where versions are kept, a folder a task inside")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="change a value, e.g. model.feature_size=12")]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; default: the GPU if there is one")]
+VersionOption = Annotated[str, typer.Option(help="a published version, or served")]
+
+
+@app.command()
+def train(
+    task: TaskOption,
+    data: DataOption,
+    model_dir: ModelDirOption = DEFAULT_MODELS,
+    epochs: Annotated[int | None, typer.Option(help="default: the task's")] = None,
+    val_split: Annotated[float, typer.Option(help="share of cases kept for validation")] = 0.2,
+    seed: int = 0,
+    pretrained: Annotated[bool, typer.Option(help="start from the served version")] = True,
+    tracking: Annotated[str, typer.Option(help="mlflow or None")] = "mlflow",
+    device: DeviceOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Run a training round and publish the best model as the next version."""
+    chosen = _task(task, set_)
+    trainer = BiPVLTrain(chosen, model_dir / chosen.name)
+    request: dict[str, Any] = {
+        "model": chosen.name,
+        "val_split": val_split,
+        "seed": seed,
+        "pretrained": pretrained,
+        "tracking": tracking,
+        "progress": True,
+    }
+    request |= {k: v for k, v in {"max_epochs": epochs, "device": device}.items() if v is not None}
+    trainer(request, _Cases(data))
+    console.print(f"Version {trainer.versions.served} of {chosen.name} is served from {trainer.versions.folder}")
+
+
+@app.command()
+def infer(
+    images: Annotated[list[Path], typer.Argument(help="volumes to segment")],
+    task: TaskOption,
+    out: Annotated[Path, typer.Option(help="folder for the masks and one JSON each")],
+    model_dir: ModelDirOption = DEFAULT_MODELS,
+    version: VersionOption = "served",
+    overlap: float | None = None,
+    tta: Annotated[bool, typer.Option(help="average over flips")] = False,
+    device: DeviceOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Write a mask (and its JSON) for each volume."""
+    chosen = _task(task, set_)
+    engine = BiPVLInfer(chosen, model_dir / chosen.name)
+    out.mkdir(parents=True, exist_ok=True)
+    failed = 0
+    for image in track(images, "Segmenting", console=console):
+        try:
+            mask, result = _segment(engine, image, version, overlap, tta, device)
+        except ValueError as error:
+            console.print(f"[red]{image}: {error}", highlight=False)
+            failed += 1
+            continue
+        target = out / image.name if image.name.endswith((".nii", ".nii.gz")) else out / f"{image.name}.nii.gz"
+        if target.resolve() == image.resolve():
+            raise typer.BadParameter(f"{target} would overwrite the image; choose another --out")
+        shutil.move(mask, target)
+        (out / f"{image.name}.json").write_text(json.dumps(result, indent=2))
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def evaluate(
+    task: TaskOption,
+    data: DataOption,
+    out: Annotated[Path, typer.Option(help="folder for metrics.csv and metrics.json")],
+    model_dir: ModelDirOption = DEFAULT_MODELS,
+    version: VersionOption = "served",
+    tolerance: Annotated[float, typer.Option(help="of the normalised surface distance, in mm")] = 2.0,
+    overlap: float | None = None,
+    tta: bool = False,
+    device: DeviceOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Score a version on labelled cases: DSC, HD95 and NSD per class and case."""
+    chosen = _task(task, set_)
+    engine = BiPVLInfer(chosen, model_dir / chosen.name)
+    cases = [c for c in read_datalist(data) if c["label"]]
+    if not cases:
+        raise ValueError(f"{data}: no labelled case to evaluate")
+    rows = []
+    for case in track(cases, "Evaluating", console=console):
+        mask, _ = _segment(engine, Path(case["image"]), version, overlap, tta, device)
+        rows += metrics.evaluate_case(chosen, Path(mask), Path(case["label"]), case["id"], tolerance)
+        Path(mask).unlink()
+    out.mkdir(parents=True, exist_ok=True)
+    metrics.write_csv(rows, out / "metrics.csv")
+    metrics.write_json(rows, out / "metrics.json")
+    console.print(metrics.table(rows))
+    console.print(f"Written: {out / 'metrics.csv'}, {out / 'metrics.json'}")
+
+
+@app.command()
+def concepts(task: Annotated[str | None, typer.Argument(help="task name or file; default: all shipped")] = None) -> None:
+    """Check the sentences of a task."""
+    problems = 0
+    for name in [task] if task else list_tasks():
+        found = check(load_task(name))
+        problems += len(found)
+        console.print(f"{name}: {'ok' if not found else f'{len(found)} problem(s)'}")
+        for problem in found:
+            console.print(f"  {problem}", highlight=False)
+    if problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def tasks() -> None:
+    """List the shipped tasks."""
+    table = Table("task", "channels", "classes", "text encoder", "review")
+    for name in list_tasks():
+        t = load_task(name)
+        table.add_row(name, ", ".join(t.channels), ", ".join(t.classes), t.model.text, t.concepts.review.status)
+    console.print(table)
+    console.print(f"Files: {TASKS_DIR}, {CONCEPTS_DIR}")
+
+
+@app.command()
+def studies(
+    folder: Annotated[Path, typer.Argument(help="where to write the volumes")],
+    cases: int = 8,
+    labelled: int = 4,
+    seed: int = 0,
+) -> None:
+    """Generate the quickstart's phantom studies."""
+    write_studies(folder, cases=cases, labelled=labelled, seed=seed)
+
+
+class _Cases:
+    """What a train task needs of a datastore, from a folder or a JSON list."""
+
+    def __init__(self, source: Path) -> None:
+        self.source = source
+
+    def datalist(self) -> list[dict[str, Any]]:
+        return [case for case in read_datalist(self.source) if case["label"]]
+
+
+def _task(name: str, changes: list[str] | None) -> Task:
+    for change in changes or []:
+        if "=" not in change:
+            raise typer.BadParameter(f"--set {change}: expected key=value, e.g. model.feature_size=12")
+    return load_task(name, dict(c.split("=", 1) for c in changes or []))
+
+
+def _segment(
+    engine: BiPVLInfer, image: Path, version: str, overlap: float | None, tta: bool, device: str | None
+) -> tuple[str, dict[str, Any]]:
+    request = {"image": str(image), "model_version": version, "overlap": overlap, "tta": tta, "logging": "WARNING"}
+    mask, result = engine({**request, **({"device": device} if device else {})})
+    assert mask is not None
+    return mask, result
+
+
+def cli() -> None:
+    """Entry point: a user's mistake is one line on the terminal, not a traceback."""
+    logging.basicConfig(level="INFO", format="%(message)s", datefmt="%H:%M:%S", handlers=[RichHandler(console=console)])
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        console.print(f"[red bold]Error:[/] {error}", highlight=False, markup=True)
+        raise SystemExit(1) from None

@@ -1,0 +1,5 @@
+"""MONAI Label inference tasks."""
+
+from lib.infers.bipvl import BiPVLInfer
+
+__all__ = ["BiPVLInfer"]

@@ -1,0 +1,280 @@
+"""The inference task: a volume in, a mask on the same grid out, and what the text had to do with it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import torch
+from monai.utils import set_determinism
+from monailabel.interfaces.tasks.infer_v2 import InferType
+from monailabel.tasks.infer.basic_infer import BasicInferTask
+from monailabel.utils.others.generic import device_list, name_to_device, strtobool
+
+from lib import versions
+from lib.nets import BiPVLSeg, build_model
+from lib.segment import Prediction, predict
+from lib.tasks import ATTRIBUTES, Task, TaskError
+from lib.transforms import largest_components, load, restore
+from lib.versions import Versions
+
+logger = logging.getLogger(__name__)
+
+LOADED_MODELS = 2  # the served version and one that somebody compares it with
+GPU_WINDOWS = 4  # windows a forward pass on a GPU; on a CPU batching windows gains nothing
+
+
+@dataclass
+class Options:
+    """What one request asks for, checked. `from_request` reads the option table that clients show."""
+
+    version: int | None
+    overlap: float | None
+    tta: bool
+    classes: tuple[str, ...]
+    largest_component: bool
+    concepts: dict[str, Any]
+
+    @classmethod
+    def from_request(cls, request: dict[str, Any], task: Task, published: Versions) -> Options:
+        """Raises ValueError for an unknown version or label, or a value that cannot be read."""
+        overlap = request.get("overlap")
+        try:
+            overlap = None if overlap in (None, "") else float(overlap)
+        except (TypeError, ValueError):
+            raise ValueError(f"overlap: expected a number from 0 to below 1, got {request['overlap']!r}") from None
+        concepts = request.get("concepts") or {}
+        if isinstance(concepts, str):
+            try:
+                concepts = json.loads(concepts)
+            except ValueError as error:
+                raise ValueError(f"concepts: not valid JSON: {error}") from None
+        return cls(
+            version=published.resolve(request.get("model_version")),
+            overlap=overlap,
+            tta=_boolean(request, "tta"),
+            classes=_names(request.get("label_subset"), task),
+            largest_component=_boolean(request, "largest_component"),
+            concepts=concepts,
+        )
+
+
+@dataclass(repr=False)
+class _Run:
+    """What the steps of one request share. MONAI Label copies and logs requests: neither may copy or print a model."""
+
+    options: Options
+    model: BiPVLSeg
+    task: Task
+
+    def __deepcopy__(self, memo: dict) -> _Run:
+        return self
+
+    def __repr__(self) -> str:
+        return repr(self.options)
+
+
+class BiPVLInfer(BasicInferTask):
+    """Segment with a published version of BiPVL-Seg; before the first training with fresh weights, and a warning.
+
+    Args:
+        task: what to segment.
+        model_dir: the task's folder of versions.
+    """
+
+    def __init__(self, task: Task, model_dir: Path) -> None:
+        self.task = task
+        self.versions = Versions(model_dir)
+        self._models: OrderedDict[tuple[int, str], tuple[BiPVLSeg, Task]] = OrderedDict()
+        self._lock = threading.Lock()
+        super().__init__(
+            path=None,
+            network=None,
+            type=InferType.SEGMENTATION,
+            labels=task.label_values,
+            dimension=3,
+            description=f"BiPVL-Seg: {task.description}",
+            config={
+                "overlap": task.overlap,
+                "tta": False,
+                "largest_component": False,
+                "label_subset": "",
+                "concepts": "",
+            },
+        )
+
+    # What clients see ---------------------------------------------------------------------------------------------
+
+    def is_valid(self) -> bool:
+        return True
+
+    def get_path(self, validate: bool = True) -> str | None:
+        served = self.versions.served
+        return str(self.versions.path(served)) if served is not None else None
+
+    def config(self) -> dict[str, Any]:
+        """Options with their defaults; of a list the first entry is the default, the others are the choices."""
+        published = [str(n) for n in reversed(self.versions.numbers())]
+        return {**self._config, "device": device_list(), "model_version": ["served", *published]}
+
+    def info(self) -> dict[str, Any]:
+        return {**super().info(), "labels": self.labels, "label_info": self._label_info(), "version": self.versions.served or 0}
+
+    def _label_info(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "name": name,
+                "value": label.value,
+                "color": list(label.color),
+                "snomed": label.snomed.model_dump(exclude_none=True),
+            }
+            for name, label in self.task.labels.items()
+        ]
+
+    # The request --------------------------------------------------------------------------------------------------
+
+    def __call__(self, request: dict[str, Any], callbacks: dict | None = None) -> tuple[str | None, dict[str, Any]]:
+        """Run one request.
+
+        Raises:
+            ValueError: an option or an image that cannot be used; the message says what and what is valid.
+        """
+        chosen = {k: v[0] if isinstance(v, list) and v and k != "label_subset" else v for k, v in request.items()}
+        chosen.setdefault("device", device_list()[0])
+        options = Options.from_request(chosen, self.task, self.versions)
+        device = name_to_device(chosen["device"])
+        model, task = self._model(options.version or 0, device)
+        if options.concepts:
+            if task.model.text_format not in ("concepts", "definition"):
+                raise TaskError(f"concepts: this model reads the text format {task.model.text_format!r}, not attributes")
+            task = task.with_concepts(options.concepts)
+        return super().__call__({**chosen, "run": _Run(options, model, task)}, callbacks)
+
+    def pre_transforms(self, data: dict[str, Any]) -> list:
+        return load(data["run"].task, label=False)
+
+    def run_inferer(self, data: dict[str, Any], convert_to_batch: bool = True, device: str = "cuda") -> dict[str, Any]:
+        run: _Run = data["run"]
+        data["pred"] = predict(
+            run.model,
+            data["image"],
+            run.task,
+            overlap=run.options.overlap,
+            window_batch=GPU_WINDOWS if device.startswith("cuda") else 1,
+            tta=run.options.tta,
+            sentences=run.model.text.tokenize(run.task.text_rows()) if run.options.concepts else None,
+        )
+        return data
+
+    def inverse_transforms(self, data: dict[str, Any]) -> None:
+        return None  # the mask is restored by affine, not by inverting transforms
+
+    def post_transforms(self, data: dict[str, Any]) -> list:
+        return [self._restore]
+
+    def _restore(self, data: dict[str, Any]) -> dict[str, Any]:
+        run: _Run = data["run"]
+        options, task = run.options, run.task
+        prediction: Prediction = data["pred"]
+        mask = restore(prediction.probabilities, data["image"], task)
+        values = {name: task.label_values[name] for name in options.classes}
+        mask = np.where(np.isin(mask, list(values.values())), mask, 0).astype(mask.dtype)
+        if options.largest_component:
+            mask = largest_components(mask, list(values.values()))
+        data["result"] = self._result(prediction, mask, options, task)
+        data["pred"] = mask
+        data["pred_meta_dict"] = {"affine": np.asarray(data["image"].meta["original_affine"])}
+        return data
+
+    def _result(self, prediction: Prediction, mask: np.ndarray, options: Options, task: Task) -> dict[str, Any]:
+        warnings = []
+        if options.version is None:
+            warnings.append("no model is published yet: this mask comes from untrained weights; press train first")
+        if options.tta and not task.augmentation.flip:
+            warnings.append("tta: this task is trained without flips, so there is nothing to average over")
+        counts = np.bincount(mask.ravel(), minlength=1 + max(task.label_values.values()))
+        rows = ATTRIBUTES if task.model.text_format == "concepts" else range(prediction.concept_weights.shape[1])
+        return {
+            "model_version": options.version or 0,
+            "label_info": self._label_info(),
+            "voxels": {name: int(counts[value]) for name, value in task.label_values.items()},
+            "concept_weights": {
+                name: {str(row): round(w, 4) for row, w in zip(rows, weights, strict=True)}
+                for name, weights in zip(task.classes, prediction.concept_weights.tolist(), strict=True)
+            },
+            "alignment": {
+                name: round(a, 4) for name, a in zip(task.classes, prediction.alignment.tolist(), strict=True)
+            },
+            "uncertainty": round(prediction.uncertainty(), 4),
+            "windows": prediction.windows,
+            "windows_skipped": prediction.skipped,
+            "warnings": warnings,
+        }
+
+    def writer(self, data: dict[str, Any], extension: str | None = None, dtype: Any = None) -> tuple[Any, Any]:
+        """NIfTI with exactly the image's affine; other formats through MONAI Label's writer."""
+        mask = data["pred"]
+        source = str(data.get("image_path", ""))
+        suffix = extension or data.get("result_extension") or (".nii" if source.endswith(".nii") else ".nii.gz")
+        if suffix not in (".nii", ".nii.gz") or not strtobool(str(data.get("result_write_to_file", True))):
+            return super().writer({**data, "result_dtype": mask.dtype}, extension, mask.dtype)
+        affine = data["pred_meta_dict"]["affine"]
+        image = nibabel.Nifti1Image(mask, affine)
+        image.set_sform(affine, code=1)
+        image.set_qform(affine, code=1)
+        with tempfile.NamedTemporaryFile(suffix=suffix, delete=False) as file:
+            nibabel.save(image, file.name)
+        return file.name, data["result"]
+
+    # Models -------------------------------------------------------------------------------------------------------
+
+    def _model(self, version: int, device: str) -> tuple[BiPVLSeg, Task]:
+        """The model of a version (0: fresh weights) on a device, with the task it was trained for."""
+        key = (version, device)
+        with self._lock:
+            if key not in self._models:
+                if version:
+                    path = self.versions.path(version)
+                    checkpoint = versions.load(path)
+                    versions.check_same_task(checkpoint, self.task, path)
+                    model, task = versions.restore_model(checkpoint, path)
+                    if task.concepts.hash != self.task.concepts.hash:
+                        logger.warning("Version %d reads the sentences it was trained with; the file has changed", version)
+                else:
+                    set_determinism(0)
+                    model, task = build_model(self.task), self.task
+                self._models[key] = model.to(device).eval(), task
+                while len(self._models) > LOADED_MODELS:
+                    self._models.popitem(last=False)
+            self._models.move_to_end(key)
+            return self._models[key]
+
+    def clear_cache(self) -> None:
+        self._models.clear()
+
+    clear = clear_cache
+
+
+def _boolean(request: dict[str, Any], key: str) -> bool:
+    try:
+        return bool(strtobool(request.get(key, False)))
+    except ValueError:
+        raise ValueError(f"{key}: expected true or false, got {request[key]!r}") from None
+
+
+def _names(wanted: Any, task: Task) -> tuple[str, ...]:
+    """Label names from a list or a comma-separated string; nothing means all."""
+    names = wanted.split(",") if isinstance(wanted, str) else list(wanted or [])
+    names = [str(n).strip() for n in names if str(n).strip()]
+    for name in names:
+        if name not in task.labels:
+            raise ValueError(f"label_subset: unknown label {name!r}; valid are {', '.join(task.labels)}")
+    return tuple(names or task.labels)

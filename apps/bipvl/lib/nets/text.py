@@ -1,0 +1,249 @@
+"""Stage-divided BERT: the text encoder that BiFusion reaches into, one row a sentence.
+
+T_n is one row a sentence, its [CLS] state. All C·K sentences pass through the layers once for a set of weights; from
+stage 2 on only the rows are computed again for each image: a row attends to itself and to its own sentence's token
+states of that layer, with BERT's own weights. With fusion switched off this is exactly BERT's [CLS] output.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoTokenizer, BertConfig, BertModel
+
+from lib.tasks import Task, TaskError
+
+SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+CACHED_TEXTS = 8
+
+
+@dataclass(frozen=True)
+class TextAssets:
+    """What rebuilds the text encoder without a hub: BERT's configuration and the tokenizer, each as JSON."""
+
+    config: str
+    tokenizer: str
+
+
+@dataclass(frozen=True)
+class Sentences:
+    """Tokenised text: ids and mask (R, L), R = C·K rows, class by class; `key` tells texts apart."""
+
+    ids: Tensor
+    mask: Tensor
+    key: str
+
+    def to(self, device: torch.device) -> Sentences:
+        return Sentences(self.ids.to(device), self.mask.to(device), self.key)
+
+
+@dataclass(frozen=True)
+class TextStates:
+    """The image-independent part of the text encoder.
+
+    rows: (R, E), the [CLS] states after stage 1. keys, values: for each layer of stages 2-4 the tokens' projections
+    (R, heads, L-1, E/heads), [CLS] left out. bias: (R, 1, L-1), 0 for a token and -inf for padding.
+    """
+
+    rows: Tensor
+    keys: list[Tensor]
+    values: list[Tensor]
+    bias: Tensor
+
+
+class StageDividedBert(nn.Module):
+    """BERT in four stages (of 12 layers: 1-6, 7-8, 9-10, 11-12; any other depth in the same proportions).
+
+    Args:
+        bert: the encoder, without its pooler.
+        tokenizer: the tokenizer it was trained with.
+        rows: C lists of K sentences.
+        checkpointing: recompute activations in the backward pass.
+
+    Attributes:
+        token_passes: how often all tokens went through the encoder; a counter for tests and benchmarks.
+    """
+
+    ids: Tensor
+    mask: Tensor
+
+    def __init__(
+        self, bert: BertModel, tokenizer: Tokenizer, rows: list[list[str]], checkpointing: bool = False
+    ) -> None:
+        super().__init__()
+        depth = bert.config.num_hidden_layers
+        self.bert = bert
+        self.tokenizer = tokenizer
+        self.width = bert.config.hidden_size
+        self.ends = [round(depth * f) for f in (1 / 2, 2 / 3, 5 / 6, 1)]
+        sentences = self.tokenize(rows)
+        self.register_buffer("ids", sentences.ids, persistent=False)
+        self.register_buffer("mask", sentences.mask, persistent=False)
+        self.key = sentences.key
+        self.token_passes = 0
+        self._cache: OrderedDict[tuple, TextStates] = OrderedDict()
+        if checkpointing:
+            bert.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    @property
+    def assets(self) -> TextAssets:
+        return TextAssets(self.bert.config.to_json_string(), self.tokenizer.to_str())
+
+    def tokenize(self, rows: list[list[str]]) -> Sentences:
+        """C lists of K sentences to ids and mask (C·K, L), padded to the longest.
+
+        Raises:
+            TaskError: a sentence longer than the encoder's positions.
+        """
+        texts = [sentence for concepts in rows for sentence in concepts]
+        encoded = self.tokenizer.encode_batch(texts)
+        limit = self.bert.config.max_position_embeddings
+        for text, e in zip(texts, encoded, strict=True):
+            if len(e.ids) > limit:
+                raise TaskError(f"a text of {len(e.ids)} tokens; the text encoder takes at most {limit}: {text[:80]!r}…")
+        longest = max(len(e.ids) for e in encoded)
+        ids = torch.full((len(texts), longest), self.bert.config.pad_token_id or 0)
+        mask = torch.zeros(len(texts), longest, dtype=torch.bool)
+        for i, e in enumerate(encoded):
+            ids[i, : len(e.ids)] = torch.tensor(e.ids)
+            mask[i, : len(e.ids)] = True
+        return Sentences(ids, mask, hashlib.sha256(json.dumps(texts).encode()).hexdigest())
+
+    def read(self, sentences: Sentences | None = None) -> TextStates:
+        """Read all sentences: every token through the encoder, once.
+
+        Without gradients and outside training the result is kept until weights, text, device or precision change.
+        """
+        sentences = sentences.to(self.ids.device) if sentences else Sentences(self.ids, self.mask, self.key)
+        if self.training or torch.is_grad_enabled():
+            return self._read(sentences)
+        kind = self.ids.device.type
+        key = (
+            sentences.key,
+            tuple(sentences.ids.shape),
+            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
+            tuple((p.data_ptr(), p._version) for p in self.bert.parameters()),
+        )
+        if key not in self._cache:
+            self._cache[key] = self._read(sentences)
+            while len(self._cache) > CACHED_TEXTS:
+                self._cache.popitem(last=False)
+        return self._cache[key]
+
+    def _read(self, sentences: Sentences) -> TextStates:
+        self.token_passes += 1
+        layers = self.bert.encoder.layer
+        bias = torch.zeros(sentences.mask.shape, device=self.ids.device).masked_fill(~sentences.mask, -torch.inf)
+        x = self.bert.embeddings(input_ids=sentences.ids)  # (R, L, E)
+        for layer in layers[: self.ends[0]]:
+            x = layer(x, bias[:, None, None, :].to(x.dtype))
+        rows, keys, values = x[:, 0], [], []
+        for i, layer in enumerate(layers[self.ends[0] :], start=self.ends[0]):
+            attention = layer.attention.self
+            keys.append(self._split(attention.key(x[:, 1:]), attention))
+            values.append(self._split(attention.value(x[:, 1:]), attention))
+            if i + 1 < len(layers):  # nothing reads the tokens after the last layer
+                x = layer(x, bias[:, None, None, :].to(x.dtype))
+        return TextStates(rows, keys, values, bias[:, None, 1:])
+
+    def advance(self, n: int, rows: Tensor, states: TextStates) -> Tensor:
+        """Take the rows (B, R, E) through stage n (1, 2, 3; stage 0 is part of `read`)."""
+        for i in range(self.ends[n - 1], self.ends[n]):
+            layer = self.bert.encoder.layer[i]
+            rows = self._attend(layer, rows, states, i - self.ends[0])
+            rows = layer.output(layer.intermediate(rows), rows)
+        return rows
+
+    def _attend(self, layer: nn.Module, rows: Tensor, states: TextStates, i: int) -> Tensor:
+        """Attention of each row to itself and to its own sentence's tokens; b batch, r row, h head, l token."""
+        attention = layer.attention.self
+        heads, width = attention.num_attention_heads, attention.attention_head_size
+        q, k, v = (f(rows).unflatten(2, (heads, width)) for f in (attention.query, attention.key, attention.value))
+        own = (q * k).sum(-1, keepdim=True)  # (B, R, heads, 1)
+        others = torch.einsum("brhd,rhld->brhl", q, states.keys[i].to(q.dtype))
+        scores = torch.cat([own, others], -1).float() * width**-0.5
+        scores = torch.cat([scores[..., :1], scores[..., 1:] + states.bias], -1)
+        p = F.dropout(scores.softmax(-1), attention.dropout.p, self.training).to(v.dtype)
+        mixed = p[..., :1] * v + torch.einsum("brhl,rhld->brhd", p[..., 1:], states.values[i].to(v.dtype))
+        return layer.attention.output(mixed.flatten(2), rows)
+
+    @staticmethod
+    def _split(x: Tensor, attention: nn.Module) -> Tensor:
+        """(R, L, E) to (R, heads, L, E/heads)."""
+        return x.unflatten(2, (attention.num_attention_heads, attention.attention_head_size)).transpose(1, 2)
+
+
+def build_text(task: Task, assets: TextAssets | None = None) -> StageDividedBert:
+    """The text encoder of a task.
+
+    Args:
+        task: `task.model.text` is a hub name, a local folder, or `scratch`.
+        assets: from a checkpoint: builds the same architecture and tokenizer without hub or folder; the weights follow
+            with the checkpoint's state.
+
+    Raises:
+        TaskError: the encoder cannot be loaded; there is no silent fallback to another one.
+    """
+    if assets is not None:
+        bert, tokenizer = BertModel(BertConfig(**json.loads(assets.config)), add_pooling_layer=False), Tokenizer.from_str(assets.tokenizer)
+    elif task.model.text == "scratch":
+        bert, tokenizer = _scratch(task)
+    else:
+        bert, tokenizer = _pretrained(task.model.text)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return StageDividedBert(bert, tokenizer, task.text_rows(), task.model.checkpointing)
+
+
+def _pretrained(name: str) -> tuple[BertModel, Tokenizer]:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        config = BertConfig.from_pretrained(name)
+        if config.model_type != "bert":
+            raise ValueError(f"it is a {config.model_type} model, and a BERT is needed")
+        bert = BertModel.from_pretrained(name, add_pooling_layer=False)
+    except Exception as error:  # hub, file and format errors come as many types
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TaskError(
+            f"model.text {name!r}: the text encoder cannot be loaded ({reason}). Valid are the hub name of a BERT "
+            "(needs the network once; then it is cached), a local folder with config.json, the weights and the "
+            "tokenizer, or 'scratch'"
+        ) from error
+    return bert, tokenizer.backend_tokenizer
+
+
+def _scratch(task: Task) -> tuple[BertModel, Tokenizer]:
+    """A small BERT and a WordPiece vocabulary made from the task's concepts file.
+
+    The vocabulary holds every word of the file, and every character alone and as a continuation, so that words which
+    a request brings later fall into pieces instead of becoming unknown.
+    """
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    words: set[str] = set()
+    for name, text in task.concepts.classes.items():
+        for sentence in (name, *text.sentences.values(), *text.ambiguous):
+            words.update(w for w, _ in splitter.pre_tokenize_str(normalizer.normalize_str(sentence)))
+    characters = sorted({c for w in words for c in w} | set("abcdefghijklmnopqrstuvwxyz0123456789.,;:-/()'%"))
+    vocabulary = [*SPECIAL_TOKENS, *characters, *(f"##{c}" for c in characters), *sorted(words - set(characters))]
+    tokenizer = Tokenizer(models.WordPiece({w: i for i, w in enumerate(vocabulary)}, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+
+    size = task.model.scratch
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=size.width,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        intermediate_size=4 * size.width,
+        max_position_embeddings=size.max_tokens,
+        pad_token_id=0,
+    )
+    return BertModel(config, add_pooling_layer=False), tokenizer

@@ -1,0 +1,227 @@
+"""Vision backbones behind one protocol, so that the model never asks which one it holds.
+
+A backbone is driven stage by stage: `stem` once, `stage` for n = 0..3 with a chance to change the map in between (that
+is where BiFusion sits), then `decode` with the four maps as skip connections. Every adapter drives the modules of the
+network that MONAI ships, so weights and behaviour stay MONAI's: run without fusion, it computes exactly what MONAI's
+own forward computes. A further backbone is one adapter class and one entry in `BACKBONES`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.utils.checkpoint
+from monai.networks.layers import SkipConnection
+from monai.networks.nets import UNETR, BasicUNetPlusPlus, SwinUNETR, UNet
+from torch import Tensor, nn
+
+STAGES = 4
+
+
+class VisionBackbone(nn.Module, ABC):
+    """The protocol.
+
+    Attributes:
+        widths: channels of the map after each of the four stages.
+        strides: voxels of the patch per voxel of that map, the same for the three axes.
+        feature_width: channels of the decoder's features at full resolution.
+    """
+
+    widths: tuple[int, int, int, int]
+    strides: tuple[int, int, int, int]
+    feature_width: int
+
+    @abstractmethod
+    def stem(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, channels, H, W, D) to the input of stage 0 and the feature that the decoder keeps from before it."""
+
+    @abstractmethod
+    def stage(self, n: int, x: Tensor) -> Tensor:
+        """Run encoder stage n. Returns the map (B, widths[n], H/s, W/s, D/s) with s = strides[n]."""
+
+    @abstractmethod
+    def decode(self, image: Tensor, early: Tensor, maps: Sequence[Tensor]) -> Tensor:
+        """Image, stem feature and the four stage maps to features (B, feature_width, H, W, D)."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        """The plain network without text: decoder features (B, feature_width, H, W, D)."""
+        x, early = self.stem(image)
+        maps = []
+        for n in range(STAGES):
+            x = self.stage(n, x)
+            maps.append(x)
+        return self.decode(image, early, maps)
+
+
+class SwinUNETRBackbone(VisionBackbone):
+    """MONAI's Swin UNETR. A stage is its blocks and the patch merging after them (V2: the residual convolution too)."""
+
+    def __init__(self, channels: int, patch: Sequence[int], feature_size: int, checkpointing: bool, v2: bool) -> None:
+        super().__init__()
+        d = feature_size
+        self.widths, self.strides, self.feature_width = (2 * d, 4 * d, 8 * d, 16 * d), (4, 8, 16, 32), d
+        self.net = SwinUNETR(channels, 1, feature_size=d, use_checkpoint=checkpointing, use_v2=v2)
+        del self.net.out  # the model has its own head
+
+    def stem(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        swin = self.net.swinViT
+        x = swin.pos_drop(swin.patch_embed(image))
+        return x, x
+
+    def stage(self, n: int, x: Tensor) -> Tensor:
+        swin = self.net.swinViT
+        if swin.use_v2:
+            x = getattr(swin, f"layers{n + 1}c")[0](x.contiguous())
+        return getattr(swin, f"layers{n + 1}")[0](x.contiguous())
+
+    def decode(self, image: Tensor, early: Tensor, maps: Sequence[Tensor]) -> Tensor:
+        net = self.net
+        x0, x1, x2, x3, x4 = (net.swinViT.proj_out(m, net.normalize) for m in (early, *maps))
+        x = net.encoder10(x4)
+        x = net.decoder5(x, x3)
+        x = net.decoder4(x, net.encoder4(x2))
+        x = net.decoder3(x, net.encoder3(x1))
+        x = net.decoder2(x, net.encoder2(x0))
+        return net.decoder1(x, net.encoder1(image))
+
+
+class UNETRBackbone(VisionBackbone):
+    """MONAI's UNETR. Its decoder takes the states after blocks 4, 7, 10 and the last: those are the four stages."""
+
+    ends = (4, 7, 10, 12)
+
+    def __init__(self, channels: int, patch: Sequence[int], feature_size: int, checkpointing: bool) -> None:
+        super().__init__()
+        width = 16 * feature_size
+        self.widths, self.strides, self.feature_width = (width,) * 4, (16,) * 4, feature_size
+        heads = next(h for h in range(max(1, width // 64), 0, -1) if width % h == 0)
+        self.net = UNETR(
+            channels, 1, patch, feature_size=feature_size, hidden_size=width, mlp_dim=4 * width, num_heads=heads
+        )
+        self.grid = tuple(p // 16 for p in patch)
+        self.checkpointing = checkpointing
+        del self.net.out
+        for block in self.net.vit.blocks:  # MONAI builds cross-attention that UNETR never runs
+            del block.cross_attn, block.norm_cross_attn
+
+    def stem(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        x = self._to_map(self.net.vit.patch_embedding(image))
+        return x, x
+
+    def stage(self, n: int, x: Tensor) -> Tensor:
+        x = x.flatten(2).transpose(1, 2)  # (B, tokens, width)
+        for block in self.net.vit.blocks[self.ends[n - 1] if n else 0 : self.ends[n]]:
+            x = _checkpointed(block, x) if self.checkpointing and self.training else block(x)
+        return self._to_map(self.net.vit.norm(x) if n == STAGES - 1 else x)
+
+    def decode(self, image: Tensor, early: Tensor, maps: Sequence[Tensor]) -> Tensor:
+        net = self.net
+        x = net.decoder5(maps[3], net.encoder4(maps[2]))
+        x = net.decoder4(x, net.encoder3(maps[1]))
+        x = net.decoder3(x, net.encoder2(maps[0]))
+        return net.decoder2(x, net.encoder1(image))
+
+    def _to_map(self, tokens: Tensor) -> Tensor:
+        return tokens.transpose(1, 2).unflatten(2, self.grid)
+
+
+class UNetBackbone(VisionBackbone):
+    """MONAI's residual UNet with five levels: the first is the stem, the other four are the stages."""
+
+    def __init__(self, channels: int, patch: Sequence[int], feature_size: int, checkpointing: bool) -> None:
+        super().__init__()
+        d = feature_size
+        self.widths, self.strides, self.feature_width = (2 * d, 4 * d, 8 * d, 16 * d), (4, 8, 16, 16), d
+        self.net = UNet(3, channels, d, (d, 2 * d, 4 * d, 8 * d, 16 * d), (2, 2, 2, 2), num_res_units=2)
+        self.checkpointing = checkpointing
+
+    def _levels(self) -> tuple[list[nn.Module], list[nn.Module]]:
+        """MONAI nests the levels: (down, skip around the next level, up). Returns the downs and the ups from the top."""
+        downs, ups, level = [], [], self.net.model
+        while isinstance(level, nn.Sequential) and len(level) == 3 and isinstance(level[1], SkipConnection):
+            downs.append(level[0])
+            ups.append(level[2])
+            level = level[1].submodule
+        return [*downs, level], ups
+
+    def stem(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        x = self._levels()[0][0](image)
+        return x, x
+
+    def stage(self, n: int, x: Tensor) -> Tensor:
+        down = self._levels()[0][n + 1]
+        return _checkpointed(down, x) if self.checkpointing and self.training else down(x)
+
+    def decode(self, image: Tensor, early: Tensor, maps: Sequence[Tensor]) -> Tensor:
+        skips, x = (early, *maps[:-1]), maps[-1]
+        for skip, up in zip(reversed(skips), reversed(self._levels()[1]), strict=True):
+            x = up(torch.cat([skip, x], dim=1))
+        return x
+
+
+class UNetPlusPlusBackbone(VisionBackbone):
+    """MONAI's UNet++: the backbone column of the nest is the encoder, every other node belongs to the decoder."""
+
+    def __init__(self, channels: int, patch: Sequence[int], feature_size: int, checkpointing: bool) -> None:
+        super().__init__()
+        d = feature_size
+        self.widths, self.strides, self.feature_width = (2 * d, 4 * d, 8 * d, 16 * d), (2, 4, 8, 16), d
+        with contextlib.redirect_stdout(io.StringIO()):  # the constructor prints a banner
+            self.net = BasicUNetPlusPlus(3, channels, 1, (d, 2 * d, 4 * d, 8 * d, 16 * d, d))
+        for n in range(1, 5):
+            delattr(self.net, f"final_conv_0_{n}")
+        self.checkpointing = checkpointing
+
+    def stem(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.net.conv_0_0(image)
+        return x, x
+
+    def stage(self, n: int, x: Tensor) -> Tensor:
+        down = getattr(self.net, f"conv_{n + 1}_0")
+        return _checkpointed(down, x) if self.checkpointing and self.training else down(x)
+
+    def decode(self, image: Tensor, early: Tensor, maps: Sequence[Tensor]) -> Tensor:
+        nodes = {(level, 0): x for level, x in enumerate((early, *maps))}
+        for column in range(1, 5):
+            for level in range(5 - column):
+                skips = torch.cat([nodes[level, c] for c in range(column)], dim=1)
+                upcat = getattr(self.net, f"upcat_{level}_{column}")
+                nodes[level, column] = upcat(nodes[level + 1, column - 1], skips)
+        return nodes[0, 4]
+
+
+def _checkpointed(module: nn.Module, x: Tensor) -> Tensor:
+    return torch.utils.checkpoint.checkpoint(module, x, use_reentrant=False)
+
+
+BACKBONES: dict[str, Callable[..., VisionBackbone]] = {
+    "swin_unetr": lambda *size: SwinUNETRBackbone(*size, v2=False),
+    "swin_unetr_v2": lambda *size: SwinUNETRBackbone(*size, v2=True),
+    "unetr": UNETRBackbone,
+    "unet": UNetBackbone,
+    "unetpp": UNetPlusPlusBackbone,
+}
+
+
+def build_vision(
+    name: str, channels: int, patch: Sequence[int], feature_size: int, checkpointing: bool = False
+) -> VisionBackbone:
+    """Build a backbone by name.
+
+    Args:
+        name: a key of `BACKBONES`.
+        channels: image channels.
+        patch: voxels a side; only UNETR is tied to it (learned position embeddings).
+        feature_size: the width d of the paper (48 at full size).
+        checkpointing: recompute activations in the backward pass to save memory.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if name not in BACKBONES:
+        raise ValueError(f"vision backbone {name!r}: valid are {', '.join(BACKBONES)}")
+    return BACKBONES[name](channels, tuple(patch), feature_size, checkpointing)

@@ -1,0 +1,163 @@
+"""From a preprocessed image to class probabilities: the one way to predict, for requests, validation and evaluation."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from monai.inferers import sliding_window_inference
+from torch import Tensor
+from torch.nn import functional as F
+
+from lib.losses import aggregate_text, concept_weights
+from lib.nets.bipvl import BiPVLSeg, Output
+from lib.nets.text import Sentences
+from lib.tasks import AXES, Task
+
+logger = logging.getLogger(__name__)
+
+CERTAIN = 10.0  # logit of background in a window without any content
+
+
+@dataclass
+class Prediction:
+    """The result on the network's grid.
+
+    probabilities: (channels, h, w, d) float32, background first where classes exclude each other.
+    concept_weights: (C, K), w_k of Eq. (4), mean over windows weighted by the class's probability mass.
+    alignment: (C,), cosine of the class's text T and its vision vector V, weighted likewise.
+    windows, skipped: how many windows the volume has, and how many of them held nothing but background.
+    """
+
+    probabilities: Tensor
+    concept_weights: Tensor
+    alignment: Tensor
+    windows: int
+    skipped: int
+
+    def uncertainty(self) -> float:
+        """Mean predictive entropy over the predicted foreground, between 0 and 1; 0 without foreground."""
+        p = self.probabilities.clamp(1e-6, 1 - 1e-6)
+        if p.shape[0] == len(self.alignment):  # overlapping: one binary entropy a class
+            entropy = -(p * p.log2() + (1 - p) * (1 - p).log2()).mean(0)
+            foreground = (p > 0.5).any(0)
+        else:
+            entropy = -(p * p.log()).sum(0) / torch.log(torch.tensor(float(p.shape[0])))
+            foreground = p.argmax(0) > 0
+        return float(entropy[foreground].mean()) if foreground.any() else 0.0
+
+
+class _Windows:
+    """The predictor that sliding-window inference calls: skips empty windows and collects what the text saw."""
+
+    def __init__(self, model: BiPVLSeg, task: Task, sentences: Sentences | None, flips: list[tuple[int, ...]]) -> None:
+        self.model, self.task, self.sentences, self.flips = model, task, sentences, flips
+        self.windows = self.skipped = 0
+        self.mass = self.weights = self.cosine = None
+
+    def __call__(self, patches: Tensor) -> Tensor:
+        # A window of one constant value (air, or the zeros around a skull-stripped brain) has nothing to segment.
+        flat = patches.flatten(2)
+        full = ((flat.amax(-1) - flat.amin(-1)) > 0).any(1)
+        self.windows += len(patches)
+        self.skipped += int((~full).sum())
+        logits = patches.new_zeros(len(patches), self.task.out_channels, *patches.shape[2:], dtype=torch.float32)
+        logits[~full] = -CERTAIN
+        if not self.task.overlapping:
+            logits[~full, 0] = CERTAIN
+        if full.any():
+            logits[full] = self._run(patches[full])
+        return logits
+
+    def _run(self, patches: Tensor) -> Tensor:
+        output = self.model(patches, self.sentences)
+        logits = output.logits.float()
+        for axes in self.flips:
+            flipped = self.model(patches.flip(axes), self.sentences)
+            logits = logits + flipped.logits.float().flip(axes)
+        logits = logits / (1 + len(self.flips))
+        self._collect(output, logits)
+        return logits
+
+    def _collect(self, output: Output, logits: Tensor) -> None:
+        p = logits.sigmoid() if self.task.overlapping else logits.softmax(1)[:, 1:]
+        mass = p.flatten(2).sum(-1).double()  # (B, C)
+        concepts, vision = output.concepts.float(), output.vision.float()
+        weights = concept_weights(concepts, vision)
+        cosine = F.cosine_similarity(aggregate_text(concepts, weights), vision, dim=-1)
+        parts = mass.sum(0), (mass[..., None] * weights).sum(0), (mass * cosine).sum(0)
+        if self.mass is None:
+            self.mass, self.weights, self.cosine = parts
+        else:
+            self.mass, self.weights, self.cosine = (
+                a + b for a, b in zip((self.mass, self.weights, self.cosine), parts, strict=True)
+            )
+
+
+@torch.no_grad()
+def predict(
+    model: BiPVLSeg,
+    image: Tensor,
+    task: Task,
+    overlap: float | None = None,
+    window_batch: int = 1,
+    tta: bool = False,
+    sentences: Sentences | None = None,
+    progress: Callable[[str], None] = logger.warning,
+) -> Prediction:
+    """Segment one preprocessed volume with sliding windows of the task's patch.
+
+    Args:
+        model: on the device to use, in evaluation mode.
+        image: (channels, h, w, d), preprocessed, on any device; may be smaller than the patch.
+        task: patch, classes, overlap.
+        overlap: share of a window that neighbours share, 0 to below 1; default the task's.
+        window_batch: windows a forward pass.
+        tta: average over the flips that the task was trained with.
+        sentences: text in place of the task's own.
+        progress: told when memory runs short and a smaller setting is tried.
+
+    Raises:
+        ValueError: overlap out of range.
+        torch.OutOfMemoryError: even one window at a time, stitched on the CPU, does not fit.
+    """
+    overlap = task.overlap if overlap is None else overlap
+    if not 0 <= overlap < 1:
+        raise ValueError(f"overlap {overlap}: valid is 0 up to, but not including, 1")
+    device = next(model.parameters()).device
+    flips = [(2 + AXES.index(axis),) for axis in task.augmentation.flip] if tta else []
+    settings = [(window_batch, device), (1, device), (1, torch.device("cpu"))]
+    for attempt, (batch, stitch) in enumerate(settings):
+        windows = _Windows(model, task, sentences, flips)
+        try:
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                logits = sliding_window_inference(
+                    image[None].as_tensor() if hasattr(image, "as_tensor") else image[None],
+                    task.patch,
+                    batch,
+                    windows,
+                    overlap=overlap,
+                    mode="gaussian",
+                    sw_device=device,
+                    device=stitch,
+                )
+            break
+        except torch.OutOfMemoryError:
+            if attempt == len(settings) - 1:
+                raise
+            progress(f"out of memory with {batch} windows at a time, stitched on {stitch}; trying {settings[attempt + 1]}")
+            torch.cuda.empty_cache()
+    probabilities = logits[0].float().sigmoid() if task.overlapping else logits[0].float().softmax(0)
+    rows = len(task.classes), len(task.text_rows()[0])
+    if windows.mass is None:
+        return Prediction(probabilities, torch.full(rows, 1 / rows[1]), torch.zeros(rows[0]), windows.windows, windows.skipped)
+    mass = windows.mass.clamp_min(1e-12).cpu()
+    return Prediction(
+        probabilities,
+        (windows.weights.cpu() / mass[:, None]).float(),
+        (windows.cosine.cpu() / mass).float(),
+        windows.windows,
+        windows.skipped,
+    )

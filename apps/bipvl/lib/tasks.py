@@ -1,0 +1,463 @@
+"""Tasks and concepts: what there is to segment, and the sentences that describe it.
+
+One YAML file in `sample-apps-config/` and one in `concepts/` make a task. Everything that needs to know which classes
+exist, which value a file holds for them or which words describe them asks this module. It imports neither torch nor
+monailabel, so that it can be read, tested and used anywhere.
+
+Labels are matched by name, never by position: file values, network channels, text rows and written values all go
+through `Task`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+ROOT = Path(__file__).resolve().parents[3]
+TASKS_DIR = ROOT / "sample-apps-config"
+CONCEPTS_DIR = ROOT / "concepts"
+
+ATTRIBUTES = ("class", "shape", "location", "appearance", "contour", "texture")
+TEXT_FORMATS = ("concepts", "ambiguous", "definition", "name")
+VISION_BACKBONES = ("swin_unetr", "swin_unetr_v2", "unetr", "unet", "unetpp")
+
+Axis = Literal["left-right", "posterior-anterior", "inferior-superior"]
+AXES: tuple[Axis, ...] = ("left-right", "posterior-anterior", "inferior-superior")  # the axes of a RAS volume
+
+
+class TaskError(ValueError):
+    """A task or concepts file that cannot be used. The message names the file, the key and the valid choices."""
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Snomed(_Model):
+    """A SNOMED CT concept. `laterality` is the DICOM modifier for paired structures."""
+
+    code: Annotated[str, Field(pattern=r"^\d{6,18}$")]
+    meaning: str
+    laterality: Literal["left", "right"] | None = None
+
+
+class Label(_Model):
+    """One structure that annotators draw.
+
+    `value` is what the app reads and writes; `file_values` are further values that stand for the same structure in the
+    label files of a public data set (MM-WHS: 500 for the left ventricle).
+    """
+
+    value: Annotated[int, Field(ge=1, le=65535)]
+    file_values: tuple[Annotated[int, Field(ge=1, le=65535)], ...] = ()
+    snomed: Snomed
+    color: tuple[Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)]]
+
+
+class Region(_Model):
+    """A class of an overlapping task: a union of labels."""
+
+    labels: Annotated[tuple[str, ...], Field(min_length=1)]
+    snomed: Snomed
+    color: tuple[int, int, int]
+
+
+class Intensity(_Model):
+    """`range`: clip to [low, high] and scale to [0, 1]. `nonzero`: zero mean and unit variance of each channel's
+    non-zero voxels (paper, Table 4)."""
+
+    mode: Literal["range", "nonzero"]
+    low: float | None = None
+    high: float | None = None
+
+    @model_validator(mode="after")
+    def _limits(self) -> Intensity:
+        if self.mode == "range" and (self.low is None or self.high is None or self.low >= self.high):
+            raise ValueError("mode 'range' needs low < high")
+        if self.mode == "nonzero" and (self.low is not None or self.high is not None):
+            raise ValueError("mode 'nonzero' takes neither low nor high")
+        return self
+
+
+class ScratchText(_Model):
+    """Size of the BERT that `text: scratch` builds. The defaults are small enough for two CPU cores."""
+
+    layers: Annotated[int, Field(ge=4)] = 12
+    width: Annotated[int, Field(ge=8)] = 96
+    heads: Annotated[int, Field(ge=1)] = 4
+    max_tokens: Annotated[int, Field(ge=16)] = 256
+
+    @model_validator(mode="after")
+    def _divisible(self) -> ScratchText:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} must be divisible by heads {self.heads}")
+        return self
+
+
+class ModelSpec(_Model):
+    """The network. `text` is a hub name, a local folder, or `scratch`."""
+
+    vision: Literal["swin_unetr", "swin_unetr_v2", "unetr", "unet", "unetpp"] = "swin_unetr"
+    feature_size: Annotated[int, Field(ge=4)] = 48
+    text: str = "emilyalsentzer/Bio_ClinicalBERT"
+    text_format: Literal["concepts", "ambiguous", "definition", "name"] = "concepts"
+    scratch: ScratchText = ScratchText()
+    fusion: Literal["bifusion", "identity"] = "bifusion"
+    fusion_attention: Literal["windowed", "full"] = "windowed"
+    projection: Annotated[int, Field(ge=8)] = 256
+    checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _swin_width(self) -> ModelSpec:
+        if self.vision.startswith("swin") and self.feature_size % 12:
+            raise ValueError(f"feature_size {self.feature_size}: {self.vision} needs a multiple of 12")
+        return self
+
+
+class Training(_Model):
+    """Training defaults (paper, section 4.1). The train request can override each of them."""
+
+    epochs: Annotated[int, Field(ge=1)] = 300
+    val_interval: Annotated[int, Field(ge=1)] = 5
+    batch_size: Annotated[int, Field(ge=1)] = 1
+    patches_per_case: Annotated[int, Field(ge=1)] = 2
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    min_learning_rate: Annotated[float, Field(ge=0)] = 1e-7
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-5
+    hard_negatives: Annotated[int, Field(ge=1)] = 3
+    temperature: Annotated[float, Field(gt=0)] = 0.2
+    text_noise: Annotated[float, Field(ge=0)] = 0.01
+    global_weight: Annotated[float, Field(ge=0)] = 1.0
+    local_weight: Annotated[float, Field(ge=0)] = 1.0
+
+
+class Augmentation(_Model):
+    """Random changes of a training patch. `flip` names axes of the RAS volume; a task with left and right classes must
+    not flip left-right, because the flipped left kidney would still be called left."""
+
+    flip: tuple[Axis, ...] = ()
+    flip_probability: Annotated[float, Field(ge=0, le=1)] = 0.5
+    rotate_degrees: Annotated[float, Field(ge=0, le=180)] = 15.0
+    rotate_probability: Annotated[float, Field(ge=0, le=1)] = 0.3
+    shift_intensity: Annotated[float, Field(ge=0)] = 0.1
+    scale_intensity: Annotated[float, Field(ge=0)] = 0.1
+    intensity_probability: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+
+class Review(_Model):
+    """Who has checked the sentences. `unreviewed` until a clinician signs."""
+
+    status: Literal["unreviewed", "reviewed"]
+    by: str | None = None
+    date: str | None = None
+
+    @model_validator(mode="after")
+    def _signed(self) -> Review:
+        if self.status == "reviewed" and not (self.by and self.date):
+            raise ValueError("status 'reviewed' needs by and date")
+        return self
+
+
+class ClassText(_Model):
+    """The text of one class: a sentence an attribute, and K loosely worded sentences for the format `ambiguous`."""
+
+    sentences: dict[str, str]
+    ambiguous: tuple[str, ...] = ()
+
+
+class Concepts(_Model):
+    """The sentences of every class of a task (`concepts/<task>.yaml`)."""
+
+    modality: str
+    review: Review
+    classes: dict[str, ClassText]
+
+    def rows(self, classes: tuple[str, ...], text_format: str = "concepts") -> list[list[str]]:
+        """The sentences of each class in a text format of the paper's Table 2.
+
+        Args:
+            classes: class names, in the order of the rows wanted.
+            text_format: `concepts` (one sentence an attribute), `ambiguous` (non-fixed sentences), `definition`
+                (all attributes in one text, K = 1) or `name` (the class name only, K = 1).
+
+        Returns:
+            C lists of K sentences.
+        """
+        if text_format not in TEXT_FORMATS:
+            raise TaskError(f"text format {text_format!r}: valid are {', '.join(TEXT_FORMATS)}")
+        rows = []
+        for name in classes:
+            text = self.classes[name]
+            if text_format == "concepts":
+                rows.append([text.sentences[a] for a in ATTRIBUTES])
+            elif text_format == "ambiguous":
+                rows.append(list(text.ambiguous))
+            elif text_format == "definition":
+                rows.append([" ".join(text.sentences[a] for a in ATTRIBUTES)])
+            else:
+                rows.append([name])
+        return rows
+
+    @property
+    def hash(self) -> str:
+        """Short content hash: equal for equal sentences, whatever the file's layout."""
+        text = json.dumps(self.model_dump(exclude={"review"}), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+class Task(_Model):
+    """A segmentation task: labels, network, preprocessing, training, and the text of its classes."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
+    description: str
+    modality: str
+    channels: Annotated[tuple[str, ...], Field(min_length=1)]
+    labels: Annotated[dict[str, Label], Field(min_length=1)]
+    regions: dict[str, Region] | None = None
+    spacing: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
+    intensity: Intensity
+    patch: tuple[Annotated[int, Field(ge=16)], Annotated[int, Field(ge=16)], Annotated[int, Field(ge=16)]] = (96, 96, 96)
+    overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    model: ModelSpec = ModelSpec()
+    training: Training = Training()
+    augmentation: Augmentation = Augmentation()
+    concepts: Concepts
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Task:
+        values: dict[int, str] = {}
+        for name, label in self.labels.items():
+            for value in {label.value, *label.file_values}:
+                if value in values:
+                    raise ValueError(f"labels: value {value} belongs to both {values[value]!r} and {name!r}")
+                values[value] = name
+        for name, region in (self.regions or {}).items():
+            for label_name in region.labels:
+                if label_name not in self.labels:
+                    raise ValueError(f"regions.{name}: unknown label {label_name!r}; valid are {', '.join(self.labels)}")
+        if self.model.vision.startswith("swin") and any(p % 32 for p in self.patch):
+            raise ValueError(f"patch {self.patch}: {self.model.vision} needs multiples of 32")
+        if self.model.vision.startswith("swin") and all(p == 32 for p in self.patch):
+            raise ValueError(f"patch {self.patch}: {self.model.vision} needs more than 32 voxels on one axis at least")
+        if any(p % 16 for p in self.patch):
+            raise ValueError(f"patch {self.patch}: {self.model.vision} needs multiples of 16")
+        if "left-right" in self.augmentation.flip and self.lateralised:
+            raise ValueError(
+                f"augmentation.flip: 'left-right' would turn {self.lateralised[0]!r} into its twin while the text keeps "
+                "its side; remove it"
+            )
+        missing = [c for c in self.classes if c not in self.concepts.classes]
+        if missing:
+            raise ValueError(f"concepts: no text for class {missing[0]!r} (classes: {', '.join(self.classes)})")
+        extra = [c for c in self.concepts.classes if c not in self.classes]
+        if extra:
+            raise ValueError(f"concepts: text for unknown class {extra[0]!r} (classes: {', '.join(self.classes)})")
+        for name in self.classes:
+            sentences = self.concepts.classes[name].sentences
+            if set(sentences) != set(ATTRIBUTES):
+                raise ValueError(
+                    f"concepts.classes.{name}: attributes {sorted(sentences)}; every class has exactly {', '.join(ATTRIBUTES)}"
+                )
+        if self.model.text_format == "ambiguous":
+            counts = {len(self.concepts.classes[c].ambiguous) for c in self.classes}
+            if counts == {0} or len(counts) > 1:
+                raise ValueError("model.text_format 'ambiguous': every class needs the same number of `ambiguous` sentences")
+        return self
+
+    @property
+    def overlapping(self) -> bool:
+        """True where classes are regions that may share voxels."""
+        return self.regions is not None
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The foreground classes of the network, in channel order."""
+        return tuple(self.regions if self.regions is not None else self.labels)
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the logits: one a class, and background first where classes exclude each other."""
+        return len(self.classes) + (0 if self.overlapping else 1)
+
+    @property
+    def lateralised(self) -> tuple[str, ...]:
+        """The labels that have a side."""
+        return tuple(
+            n for n, v in self.labels.items() if v.snomed.laterality or {"left", "right"} & set(n.lower().replace("-", " ").split())
+        )
+
+    @property
+    def label_values(self) -> dict[str, int]:
+        """Label name to the value that the app reads and writes."""
+        return {name: label.value for name, label in self.labels.items()}
+
+    @property
+    def value_names(self) -> dict[int, str]:
+        """Every value that a label file may hold, background aside, to the label's name."""
+        return {v: name for name, label in self.labels.items() for v in (label.value, *label.file_values)}
+
+    def text_rows(self) -> list[list[str]]:
+        """C lists of K sentences, in channel order, in the task's text format."""
+        return self.concepts.rows(self.classes, self.model.text_format)
+
+    def with_concepts(self, override: dict[str, Any]) -> Task:
+        """This task with other sentences for some classes (class → attribute → sentence).
+
+        Raises:
+            TaskError: unknown class or attribute, or an empty sentence.
+        """
+        if not isinstance(override, dict):
+            raise TaskError(f"concepts: expected class → attribute → sentence, got {type(override).__name__}")
+        classes = dict(self.concepts.classes)
+        for name, sentences in override.items():
+            if name not in classes:
+                raise TaskError(f"concepts: unknown class {name!r}; valid are {', '.join(classes)}")
+            if not isinstance(sentences, dict):
+                raise TaskError(f"concepts.{name}: expected attribute → sentence, got {type(sentences).__name__}")
+            for attribute, sentence in sentences.items():
+                if attribute not in ATTRIBUTES:
+                    raise TaskError(f"concepts.{name}: unknown attribute {attribute!r}; valid are {', '.join(ATTRIBUTES)}")
+                if not isinstance(sentence, str) or not sentence.strip():
+                    raise TaskError(f"concepts.{name}.{attribute}: expected a sentence, got {sentence!r}")
+            text = classes[name]
+            classes[name] = text.model_copy(update={"sentences": {**text.sentences, **sentences}})
+        return self.model_copy(update={"concepts": self.concepts.model_copy(update={"classes": classes})})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data from which `task_from_dict` rebuilds the task without any file."""
+        return self.model_dump(mode="json")
+
+
+def task_from_dict(data: dict[str, Any], source: str = "task") -> Task:
+    """Build a task from plain data, as a checkpoint carries it.
+
+    Raises:
+        TaskError: naming `source`, the key and what is valid.
+    """
+    try:
+        return Task.model_validate(data)
+    except ValidationError as error:
+        raise TaskError(_explain(error, Task, source)) from None
+
+
+def list_tasks() -> list[str]:
+    """The names of the shipped tasks."""
+    return sorted(p.stem for p in TASKS_DIR.glob("*.yaml"))
+
+
+def load_task(name: str | Path, overrides: dict[str, Any] | None = None) -> Task:
+    """Load a shipped task by name, or a user's own task by the path of its YAML file.
+
+    The key `concepts` of a task file names its concepts file: relative to the task file, or a file of `concepts/`;
+    without the key it is `concepts/<task name>.yaml`.
+
+    Args:
+        name: a name of `list_tasks()`, or a path that ends in .yaml or .yml.
+        overrides: dotted keys to other values, e.g. {"model.feature_size": "12"}; strings are read as YAML.
+
+    Raises:
+        TaskError: unknown task, unreadable file, unknown key, wrong value, a class without concepts.
+    """
+    text = str(name)
+    path = Path(text) if text.endswith((".yaml", ".yml")) else TASKS_DIR / f"{text}.yaml"
+    if not path.is_file():
+        if path.parent == TASKS_DIR:
+            raise TaskError(f"unknown task {text!r}; valid are {', '.join(list_tasks())}{_hint(text, list_tasks())}")
+        raise TaskError(f"task file {path} does not exist")
+    data = _read_yaml(path)
+    for key, value in (overrides or {}).items():
+        _override(data, key, value, path)
+
+    concepts_name = data.get("concepts", f"{data.get('name', path.stem)}.yaml")
+    if isinstance(concepts_name, str):
+        candidates = [path.parent / concepts_name, CONCEPTS_DIR / concepts_name]
+        concepts_path = next((c for c in candidates if c.is_file() and c.resolve() != path.resolve()), None)
+        if concepts_path is None:
+            raise TaskError(f"{path}: concepts: no file {' or '.join(str(c) for c in candidates)}")
+        try:
+            concepts = Concepts.model_validate(_read_yaml(concepts_path))
+        except ValidationError as error:
+            raise TaskError(_explain(error, Concepts, str(concepts_path))) from None
+        data["concepts"] = concepts.model_dump(mode="json")
+    return task_from_dict(data, str(path))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise TaskError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise TaskError(f"{path}: expected keys and values, found {type(data).__name__}")
+    return data
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML keeps the last of two equal keys silently; here a duplicate is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                raise yaml.YAMLError(f"duplicate key {key!r}, line {key_node.start_mark.line + 1}")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _override(data: dict[str, Any], dotted: str, value: Any, path: Path) -> None:
+    *parents, last = dotted.split(".")
+    target = data
+    for key in parents:
+        target = target.setdefault(key, {})
+        if not isinstance(target, dict):
+            raise TaskError(f"{path}: override {dotted!r}: {key!r} holds a value, not keys")
+    target[last] = yaml.safe_load(value) if isinstance(value, str) else value
+
+
+def _explain(error: ValidationError, model: type[BaseModel], source: str) -> str:
+    """One line a problem: the file, the dotted key, what is wrong and what is valid."""
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(p) for p in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            valid = _valid_keys(model, problem["loc"][:-1])
+            message = f"unknown key; valid are {', '.join(valid)}{_hint(str(problem['loc'][-1]), valid)}"
+        elif problem["type"] == "missing":
+            message = "required key is missing"
+        else:
+            given = problem.get("input")
+            if not isinstance(given, dict | list | BaseModel):
+                message += f" (found {given!r})"
+        lines.append(f"{source}: {key + ': ' if key else ''}{message}")
+    return "\n".join(lines)
+
+
+def _valid_keys(model: Any, location: tuple[Any, ...]) -> list[str]:
+    """Field names of the model at a location inside `model`; keys of free mappings are stepped over."""
+    for key in location:
+        if isinstance(model, type) and issubclass(model, BaseModel) and key in model.model_fields:
+            model = _innermost_model(model.model_fields[key].annotation)
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def _innermost_model(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        found = _innermost_model(argument)
+        if found is not None:
+            return found
+    return None
+
+
+def _hint(word: str, choices: list[str]) -> str:
+    close = difflib.get_close_matches(word, choices, 1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

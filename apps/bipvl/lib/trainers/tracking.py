@@ -1,0 +1,136 @@
+"""What a round tells while it runs: a line an epoch, TensorBoard, MLflow, and the statistics that clients ask for."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import time
+from collections import defaultdict
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from monailabel.tasks.train.basic_train import Context
+from monailabel.tasks.train.handler import prepare_stats
+from torch.utils.tensorboard import SummaryWriter
+
+from lib.tasks import Task
+
+logger = logging.getLogger(__name__)
+
+
+class Tracker:
+    """Collects every loss part, each sigma, learning rate, throughput and Dice per class.
+
+    The line of each epoch goes to the log, whose last lines are what `GET /train/` returns; scalars go to TensorBoard
+    (the run's events folder) and, where tracking is `mlflow`, to MLflow. The store is SQLite: today's MLflow refuses
+    the file store.
+    """
+
+    def __init__(self, context: Context, task: Task) -> None:
+        self.context = context
+        self.task = task
+        self.board = SummaryWriter(context.events_dir)
+        self.mlflow = _start_mlflow(context) if str(context.tracking).lower() == "mlflow" else None
+        self.latest: dict[str, float] = {}
+        self._sums: dict[str, float] = defaultdict(float)
+        self._patches = 0
+        self._epoch_start = time.time()
+
+    def attach(self, trainer: Engine, evaluator: Engine | None) -> None:
+        trainer.add_event_handler(Events.EPOCH_STARTED, self._start_epoch)
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, self._add)
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, self._end_epoch)
+        trainer.add_event_handler(Events.COMPLETED, self._close)
+        trainer.add_event_handler(Events.EXCEPTION_RAISED, self._fail)
+        if evaluator is not None:
+            evaluator.add_event_handler(Events.COMPLETED, self._validated)
+
+    def stats(self) -> dict[str, Any]:
+        """MONAI Label's training statistics, and this round's latest figures."""
+        stats = prepare_stats(self.context.start_ts, self.context.trainer, self.context.evaluator)
+        return {**stats, "latest": {k: round(v, 6) for k, v in self.latest.items()}}
+
+    def _start_epoch(self, _: Engine) -> None:
+        self._sums.clear()
+        self._patches = 0
+        self._epoch_start = time.time()
+
+    def _add(self, engine: Engine) -> None:
+        for name, value in engine.state.output.items():
+            self._sums[name] += float(value)
+        self._patches += len(engine.state.batch["image"])
+
+    def _end_epoch(self, engine: Engine) -> None:
+        state = engine.state
+        seconds = time.time() - self._epoch_start
+        network = self.context.network
+        network = network.module if hasattr(network, "module") else network
+        scalars = {name: total / state.epoch_length for name, total in self._sums.items()}
+        scalars |= network.sigmas()
+        scalars["learning_rate"] = self.context.optimizer.param_groups[0]["lr"]
+        scalars["patches_per_second"] = self._patches / max(seconds, 1e-9)
+        self._record(scalars, state.epoch)
+
+        elapsed = time.time() - self.context.start_ts
+        left = datetime.timedelta(seconds=round(elapsed / state.epoch * (state.max_epochs - state.epoch)))
+        logger.info(
+            "Epoch %d/%d: loss %.4f (segmentation %.4f, class embedding %.4f, alignment %.4f), sigma %.3f %.3f %.3f, "
+            "lr %.2e, %.1f s, time left %s",
+            state.epoch,
+            state.max_epochs,
+            *(scalars[k] for k in ("loss", "segmentation", "class_embedding", "alignment")),
+            *network.sigmas().values(),
+            scalars["learning_rate"],
+            seconds,
+            left,
+        )
+
+    def _validated(self, evaluator: Engine) -> None:
+        state = evaluator.state
+        per_class = torch.as_tensor(state.metrics["val_class_dice"]).flatten().tolist()
+        scalars = {f"dice_{name.replace(' ', '_')}": v for name, v in zip(self.task.classes, per_class, strict=True) if v == v}
+        scalars["val_mean_dice"] = float(state.metrics["val_mean_dice"])
+        self._record(scalars, state.epoch)
+        classes = ", ".join(
+            f"{name} {'-' if value != value else format(value, '.3f')}"
+            for name, value in zip(self.task.classes, per_class, strict=True)
+        )
+        logger.info(
+            "Validation after epoch %d: mean Dice %.4f (best %.4f, epoch %d); %s",
+            state.epoch,
+            scalars["val_mean_dice"],
+            state.best_metric,
+            state.best_metric_epoch,
+            classes,
+        )
+
+    def _record(self, scalars: dict[str, float], epoch: int) -> None:
+        self.latest |= scalars
+        for name, value in scalars.items():
+            self.board.add_scalar(name, value, epoch)
+        self.board.flush()
+        if self.mlflow:
+            self.mlflow.log_metrics({k.replace("/", "-"): v for k, v in scalars.items()}, step=epoch)
+
+    def _close(self, _: Engine, status: str = "FINISHED") -> None:
+        self.board.close()
+        if self.mlflow:
+            self.mlflow.end_run(status)
+
+    def _fail(self, engine: Engine, error: Exception) -> None:
+        self._close(engine, "FAILED")
+        raise error
+
+
+def _start_mlflow(context: Context) -> Any:
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    import mlflow  # seconds to import, and many rounds run without it
+
+    mlflow.set_tracking_uri(context.tracking_uri)
+    mlflow.set_experiment(context.tracking_experiment_name)
+    mlflow.start_run(run_name=context.tracking_run_name)
+    plain = {k: v for k, v in context.request.items() if isinstance(v, str | int | float | bool)}
+    mlflow.log_params(plain)
+    return mlflow

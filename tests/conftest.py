@@ -1,0 +1,22 @@
+"""Shared fixtures: the app's modules are importable as `lib`, real volumes are found beside the repository."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for a hub; read when transformers is imported
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "apps" / "bipvl"))
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder of real volumes (BIPVL_DATA, or ../shared/data beside the repository)."""
+    folder = Path(os.environ.get("BIPVL_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real volumes at {folder}; set BIPVL_DATA to run this test")
+    return folder
