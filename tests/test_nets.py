@@ -5,6 +5,9 @@ import os
 
 import pytest
 import torch
+from monai.networks.nets import UNETR, BasicUNetPlusPlus, SwinUNETR, UNet
+from torch import nn
+
 from helpers import tiny_overlapping_task, tiny_task
 from lib.nets import build_model
 from lib.nets.fusion import BiFusion, IdentityFusion
@@ -12,8 +15,6 @@ from lib.nets.text import Sentences
 from lib.nets.vision import BACKBONES
 from lib.tasks import TaskError
 from lib.trainers.objective import TrainingNetwork
-from monai.networks.nets import UNETR, BasicUNetPlusPlus, SwinUNETR, UNet
-from torch import nn
 
 PATCH = (64, 32, 32)
 

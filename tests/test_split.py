@@ -1,6 +1,7 @@
 """The persistent split: a validation case never trains in a later round."""
 
 import pytest
+
 from lib.split import split_cases
 
 

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+
 from conftest import ROOT
 from helpers import tiny_task
 from lib import versions

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import HTTPException
-from lib.infers import BiPVLInfer
-from lib.tasks import Task, list_tasks, load_task
-from lib.trainers import BiPVLTrain
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.tasks.activelearning.first import First
 from monailabel.tasks.activelearning.random import Random
+
+from lib.infers import BiPVLInfer
+from lib.tasks import Task, load_task
+from lib.trainers import BiPVLTrain
 
 logger = logging.getLogger(__name__)
 

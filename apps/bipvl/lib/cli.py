@@ -128,7 +128,9 @@ def evaluate(
 
 
 @app.command()
-def concepts(task: Annotated[str | None, typer.Argument(help="task name or file; default: all shipped")] = None) -> None:
+def concepts(
+    task: Annotated[str | None, typer.Argument(help="task name or file; default: all shipped")] = None,
+) -> None:
     """Check the sentences of a task."""
     problems = 0
     for name in [task] if task else list_tasks():

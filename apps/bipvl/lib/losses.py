@@ -5,8 +5,7 @@ class, P width of the common space, H W D voxels, h w d cells of the class map, 
 
 Every function takes plain tensors and returns a scalar (the mean over samples of the per-sample loss, so that a batch
 of two scores the mean of its halves) or, where it says so, a tensor. Half-precision input is computed in float32, also
-under autocast; float64 stays float64. Nothing here draws random numbers: the Gaussian noise of section 5 of the paper
-is the caller's.
+under autocast; float64 stays float64. Nothing here draws random numbers: the noise of Eqs. 5-8 is the caller's.
 """
 
 from __future__ import annotations
@@ -19,19 +18,6 @@ import torch
 import torch.nn.functional as F
 from monai.losses import DiceLoss
 from torch import Tensor, nn
-
-__all__ = [
-    "UncertaintyWeights",
-    "aggregate_text",
-    "alignment_loss",
-    "class_embedding_loss",
-    "concept_weights",
-    "cross_entropy_loss",
-    "dice_loss",
-    "global_alignment_loss",
-    "local_alignment_loss",
-    "segmentation_loss",
-]
 
 _P = ParamSpec("_P")
 _MIN_NORM = 1e-8  # below it a vector counts as zero: its cosine is 0 and its gradient stays bounded
@@ -57,13 +43,18 @@ def _full_precision(function: Callable[_P, Tensor]) -> Callable[_P, Tensor]:
     return wrapper
 
 
+def _all_or(mask: Tensor | None, like: Tensor) -> Tensor:
+    """The boolean (B, N) mask; None stands for all of the first two dimensions of `like`."""
+    return torch.ones(like.shape[:2], dtype=torch.bool, device=like.device) if mask is None else mask.bool()
+
+
 def _mean_over(values: Tensor, mask: Tensor) -> Tensor:
     """Mean of (B, N) over the masked N of each sample, then over samples; a sample with an empty mask counts as 0."""
     kept = torch.where(mask, values, torch.zeros_like(values))
     return (kept.sum(1) / mask.sum(1).clamp(min=1)).mean()
 
 
-# --- segmentation, Eqs. 1 and 11-13 ----------------------------------------------------------------------------------
+# segmentation, Eqs. 1 and 11-13
 
 
 def _check_label(logits: Tensor, label: Tensor, overlapping: bool) -> None:
@@ -84,10 +75,10 @@ def _only_annotated(logits: Tensor, label: Tensor, classes: Tensor) -> tuple[Ten
         logits and label of the merged problem, and the (B, 1 + C) mask of channels that remain.
     """
     remain = F.pad(classes.bool(), (1, 0), value=True)
-    voxelwise = remain[(...,) + (None,) * (logits.ndim - 2)]
-    background = torch.cat([torch.zeros_like(voxelwise[:, :1]), voxelwise[:, 1:]], 1)
-    merged = logits.masked_fill(background, -torch.inf).logsumexp(1, keepdim=True)
-    logits = torch.cat([merged, logits[:, 1:].masked_fill(~voxelwise[:, 1:], -torch.inf)], 1)
+    foreground = classes.bool()[(...,) + (None,) * (logits.ndim - 2)]
+    unknown = torch.cat([logits[:, :1], logits[:, 1:].masked_fill(foreground, -torch.inf)], 1)
+    background = unknown.logsumexp(1, keepdim=True)
+    logits = torch.cat([background, logits[:, 1:].masked_fill(~foreground, -torch.inf)], 1)
     known = remain.gather(1, label.long().flatten(1)).view_as(label)
     return logits, label * known, remain
 
@@ -111,14 +102,14 @@ def dice_loss(logits: Tensor, label: Tensor, overlapping: bool = False, classes:
     0.3333
     """
     _check_label(logits, label, overlapping)
-    mask = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
-    if classes is not None and overlapping:
-        mask = classes.bool()
-    elif classes is not None:
+    mask = _all_or(classes, logits)
+    if overlapping:
+        dice = DiceLoss(sigmoid=True, squared_pred=True, reduction="none")
+        return _mean_over(dice(logits, label.to(logits.dtype)).flatten(1), mask)
+    if classes is not None:
         logits, label, mask = _only_annotated(logits, label, classes)
-    activation = {"sigmoid": True} if overlapping else {"softmax": True, "to_onehot_y": True}
-    per_class = DiceLoss(squared_pred=True, reduction="none", **activation)  # type: ignore[arg-type]
-    return _mean_over(per_class(logits, label).flatten(1), mask)
+    dice = DiceLoss(softmax=True, to_onehot_y=True, squared_pred=True, reduction="none")
+    return _mean_over(dice(logits, label).flatten(1), mask)
 
 
 @_full_precision
@@ -140,8 +131,7 @@ def cross_entropy_loss(
     _check_label(logits, label, overlapping)
     if overlapping:
         voxelwise = F.binary_cross_entropy_with_logits(logits, label.to(logits.dtype), reduction="none")
-        per_class = voxelwise.flatten(2).mean(2)
-        return _mean_over(per_class, torch.ones_like(per_class, dtype=torch.bool) if classes is None else classes.bool())
+        return _mean_over(voxelwise.flatten(2).mean(2), _all_or(classes, logits))
     if classes is not None:
         logits, label, _ = _only_annotated(logits, label, classes)
     return F.cross_entropy(logits, label[:, 0].long())
@@ -174,7 +164,7 @@ def segmentation_loss(
     return dice_loss(logits, label, overlapping, classes) + cross_entropy_loss(logits, label, overlapping, classes)
 
 
-# --- class embedding, Eq. 3 ------------------------------------------------------------------------------------------
+# class embedding, Eq. 3
 
 
 @_full_precision
@@ -205,25 +195,18 @@ def class_embedding_loss(class_map: Tensor, logits: Tensor, overlapping: bool = 
     assert class_map.shape[:2] == logits.shape[:2], f"class map {class_map.shape} and logits {logits.shape} differ"
     with torch.no_grad():
         probabilities = logits.sigmoid() if overlapping else logits.softmax(1)
-        share = F.adaptive_avg_pool3d(probabilities, class_map.shape[2:])
+        share = F.adaptive_avg_pool3d(probabilities, tuple(class_map.shape[2:]))  # type: ignore[arg-type]
     if overlapping:
         return F.binary_cross_entropy_with_logits(class_map, (share > 0.5).to(class_map.dtype))
     return F.cross_entropy(class_map, share.argmax(1))
 
 
-# --- alignment, Eqs. 4-9 ---------------------------------------------------------------------------------------------
+# alignment, Eqs. 4-9
 
 
 def _unit(vectors: Tensor) -> Tensor:
     """L2-normalise the last dimension."""
     return F.normalize(vectors, dim=-1, eps=_MIN_NORM)
-
-
-def _present(vision: Tensor, present: Tensor | None) -> Tensor:
-    if present is None:
-        return torch.ones(vision.shape[:2], dtype=torch.bool, device=vision.device)
-    assert present.shape == vision.shape[:2], f"present {present.shape} and vision {vision.shape} differ"
-    return present.bool()
 
 
 @_full_precision
@@ -287,7 +270,7 @@ def global_alignment_loss(
     >>> round(global_alignment_loss(torch.eye(3)[None], torch.eye(3)[None]).item(), 4)  # log(1 + 2 exp(-1 / 0.2))
     0.0134
     """
-    present = _present(vision, present)
+    present = _all_or(present, vision)
     absent = ~present[..., None]
     similarity = _unit(text.masked_fill(absent, 0)) @ _unit(vision.masked_fill(absent, 0)).mT / temperature
     # The diagonal stays for absent anchors too: their rows stay finite, and `_mean_over` leaves them out.
@@ -301,11 +284,7 @@ def global_alignment_loss(
 
 @_full_precision
 def local_alignment_loss(
-    concepts: Tensor,
-    vision: Tensor,
-    hard_negatives: int = 3,
-    temperature: float = 0.2,
-    present: Tensor | None = None,
+    concepts: Tensor, vision: Tensor, hard_negatives: int = 3, temperature: float = 0.2, present: Tensor | None = None
 ) -> Tensor:
     r"""Symmetric InfoNCE per concept against the most similar wrong classes, Eqs. 7 and 8.
 
@@ -335,7 +314,7 @@ def local_alignment_loss(
     0.02
     """
     assert hard_negatives >= 1, f"hard_negatives {hard_negatives}: at least 1"
-    present = _present(vision, present)
+    present = _all_or(present, vision)
     absent = ~present[..., None]
     concepts = _unit(concepts.masked_fill(absent[..., None], 0))
     vision = _unit(vision.masked_fill(absent, 0))
@@ -370,21 +349,18 @@ def alignment_loss(
         text: (B, C, P), aggregated text vectors T (`aggregate_text`), with the caller's noise in training.
         concepts: (B, C, K, P), projected concept rows.
         vision: (B, C, P), vision vectors, with the caller's noise in training.
-        alpha1: weight of the global term.
-        alpha2: weight of the local term.
-        hard_negatives: see `local_alignment_loss`.
-        temperature: tau of both terms.
-        present: boolean (B, C), the classes that each sample shows; None for all.
+        alpha1, alpha2: weights of the global and the local term.
+        hard_negatives, temperature, present: see `local_alignment_loss`.
 
     Returns:
         Scalar, at least 0.
     """
-    return alpha1 * global_alignment_loss(text, vision, temperature, present) + alpha2 * local_alignment_loss(
-        concepts, vision, hard_negatives, temperature, present
-    )
+    global_term = global_alignment_loss(text, vision, temperature, present)
+    local_term = local_alignment_loss(concepts, vision, hard_negatives, temperature, present)
+    return alpha1 * global_term + alpha2 * local_term
 
 
-# --- total, Eqs. 10, 14 and 15 ---------------------------------------------------------------------------------------
+# total, Eqs. 10, 14 and 15
 
 
 class UncertaintyWeights(nn.Module):
@@ -411,14 +387,7 @@ class UncertaintyWeights(nn.Module):
         return self.log_sigma.detach().exp()
 
     def forward(self, losses: Sequence[Tensor] | Tensor) -> Tensor:
-        """The weighted total of n scalar losses.
-
-        Args:
-            losses: n scalars, or a tensor (n,).
-
-        Raises:
-            ValueError: not n losses.
-        """
+        """The weighted total of n scalar losses, or of a tensor (n,). ValueError when they are not n."""
         # Upcast one by one: autocast leaves some of the losses in half precision and others not.
         values = torch.stack([_upcast(loss) for loss in losses])
         if values.shape != self.log_sigma.shape:

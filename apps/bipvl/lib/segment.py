@@ -147,12 +147,16 @@ def predict(
         except torch.OutOfMemoryError:
             if attempt == len(settings) - 1:
                 raise
-            progress(f"out of memory with {batch} windows at a time, stitched on {stitch}; trying {settings[attempt + 1]}")
+            progress(
+                f"out of memory with {batch} windows at a time, stitched on {stitch}; trying {settings[attempt + 1]}"
+            )
             torch.cuda.empty_cache()
     probabilities = logits[0].float().sigmoid() if task.overlapping else logits[0].float().softmax(0)
     rows = len(task.classes), len(task.text_rows()[0])
     if windows.mass is None:
-        return Prediction(probabilities, torch.full(rows, 1 / rows[1]), torch.zeros(rows[0]), windows.windows, windows.skipped)
+        return Prediction(
+            probabilities, torch.full(rows, 1 / rows[1]), torch.zeros(rows[0]), windows.windows, windows.skipped
+        )
     mass = windows.mass.clamp_min(1e-12).cpu()
     return Prediction(
         probabilities,

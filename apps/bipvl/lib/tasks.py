@@ -13,11 +13,13 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+from collections.abc import Hashable
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 ROOT = Path(__file__).resolve().parents[3]
 TASKS_DIR = ROOT / "sample-apps-config"
@@ -57,7 +59,9 @@ class Label(_Model):
     value: Annotated[int, Field(ge=1, le=65535)]
     file_values: tuple[Annotated[int, Field(ge=1, le=65535)], ...] = ()
     snomed: Snomed
-    color: tuple[Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)]]
+    color: tuple[
+        Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)]
+    ]
 
 
 class Region(_Model):
@@ -157,6 +161,11 @@ class Review(_Model):
     by: str | None = None
     date: str | None = None
 
+    @field_validator("date", mode="before")
+    @classmethod
+    def _iso(cls, value: Any) -> Any:
+        return value.isoformat() if isinstance(value, date) else value  # YAML reads 2026-01-31 as a date
+
     @model_validator(mode="after")
     def _signed(self) -> Review:
         if self.status == "reviewed" and not (self.by and self.date):
@@ -222,7 +231,11 @@ class Task(_Model):
     regions: dict[str, Region] | None = None
     spacing: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
     intensity: Intensity
-    patch: tuple[Annotated[int, Field(ge=16)], Annotated[int, Field(ge=16)], Annotated[int, Field(ge=16)]] = (96, 96, 96)
+    patch: tuple[Annotated[int, Field(ge=16)], Annotated[int, Field(ge=16)], Annotated[int, Field(ge=16)]] = (
+        96,
+        96,
+        96,
+    )
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
     model: ModelSpec = ModelSpec()
     training: Training = Training()
@@ -240,7 +253,9 @@ class Task(_Model):
         for name, region in (self.regions or {}).items():
             for label_name in region.labels:
                 if label_name not in self.labels:
-                    raise ValueError(f"regions.{name}: unknown label {label_name!r}; valid are {', '.join(self.labels)}")
+                    raise ValueError(
+                        f"regions.{name}: unknown label {label_name!r}; valid are {', '.join(self.labels)}"
+                    )
         if self.model.vision.startswith("swin") and any(p % 32 for p in self.patch):
             raise ValueError(f"patch {self.patch}: {self.model.vision} needs multiples of 32")
         if self.model.vision.startswith("swin") and all(p == 32 for p in self.patch):
@@ -267,7 +282,9 @@ class Task(_Model):
         if self.model.text_format == "ambiguous":
             counts = {len(self.concepts.classes[c].ambiguous) for c in self.classes}
             if counts == {0} or len(counts) > 1:
-                raise ValueError("model.text_format 'ambiguous': every class needs the same number of `ambiguous` sentences")
+                raise ValueError(
+                    "model.text_format 'ambiguous': every class needs the same number of `ambiguous` sentences"
+                )
         return self
 
     @property
@@ -289,7 +306,9 @@ class Task(_Model):
     def lateralised(self) -> tuple[str, ...]:
         """The labels that have a side."""
         return tuple(
-            n for n, v in self.labels.items() if v.snomed.laterality or {"left", "right"} & set(n.lower().replace("-", " ").split())
+            n
+            for n, v in self.labels.items()
+            if v.snomed.laterality or {"left", "right"} & set(n.lower().replace("-", " ").split())
         )
 
     @property
@@ -322,7 +341,9 @@ class Task(_Model):
                 raise TaskError(f"concepts.{name}: expected attribute → sentence, got {type(sentences).__name__}")
             for attribute, sentence in sentences.items():
                 if attribute not in ATTRIBUTES:
-                    raise TaskError(f"concepts.{name}: unknown attribute {attribute!r}; valid are {', '.join(ATTRIBUTES)}")
+                    raise TaskError(
+                        f"concepts.{name}: unknown attribute {attribute!r}; valid are {', '.join(ATTRIBUTES)}"
+                    )
                 if not isinstance(sentence, str) or not sentence.strip():
                     raise TaskError(f"concepts.{name}.{attribute}: expected a sentence, got {sentence!r}")
             text = classes[name]
@@ -405,6 +426,8 @@ class _UniqueKeys(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=deep)
+            if not isinstance(key, Hashable):
+                raise yaml.YAMLError(f"a key that is no plain text, line {key_node.start_mark.line + 1}")
             if key in seen:
                 raise yaml.YAMLError(f"duplicate key {key!r}, line {key_node.start_mark.line + 1}")
             seen.add(key)
@@ -418,7 +441,10 @@ def _override(data: dict[str, Any], dotted: str, value: Any, path: Path) -> None
         target = target.setdefault(key, {})
         if not isinstance(target, dict):
             raise TaskError(f"{path}: override {dotted!r}: {key!r} holds a value, not keys")
-    target[last] = yaml.safe_load(value) if isinstance(value, str) else value
+    try:
+        target[last] = yaml.safe_load(value) if isinstance(value, str) else value
+    except yaml.YAMLError as error:
+        raise TaskError(f"{path}: override {dotted!r}: not valid YAML: {error}") from None
 
 
 def _explain(error: ValidationError, model: type[BaseModel], source: str) -> str:

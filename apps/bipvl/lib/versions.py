@@ -67,7 +67,9 @@ def load(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no such checkpoint") from None
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path}: damaged, or no checkpoint: {_brief(error)}") from error
-    missing = {"format", "task", "text", "model", "manifest"} - (checkpoint.keys() if isinstance(checkpoint, dict) else set())
+    missing = {"format", "task", "text", "model", "manifest"} - (
+        checkpoint.keys() if isinstance(checkpoint, dict) else set()
+    )
     if missing:
         raise CheckpointError(f"{path}: not a checkpoint of this app, it lacks {', '.join(sorted(missing))}")
     if checkpoint["format"] != FORMAT:
@@ -172,7 +174,9 @@ class Versions:
     def serve(self, version: int) -> None:
         """Make a published version the served one."""
         if version not in self.numbers():
-            raise CheckpointError(f"model version {version}: valid are {', '.join(map(str, self.numbers())) or 'none yet'}")
+            raise CheckpointError(
+                f"model version {version}: valid are {', '.join(map(str, self.numbers())) or 'none yet'}"
+            )
         write_json(self.folder / "served.json", {"version": version})
 
     def publish(self, checkpoint: dict[str, Any]) -> int:

@@ -13,7 +13,6 @@ from typing import Any
 
 import nibabel
 import numpy as np
-import torch
 from monai.utils import set_determinism
 from monailabel.interfaces.tasks.infer_v2 import InferType
 from monailabel.tasks.infer.basic_infer import BasicInferTask
@@ -126,7 +125,12 @@ class BiPVLInfer(BasicInferTask):
         return {**self._config, "device": device_list(), "model_version": ["served", *published]}
 
     def info(self) -> dict[str, Any]:
-        return {**super().info(), "labels": self.labels, "label_info": self._label_info(), "version": self.versions.served or 0}
+        return {
+            **super().info(),
+            "labels": self.labels,
+            "label_info": self._label_info(),
+            "version": self.versions.served or 0,
+        }
 
     def _label_info(self) -> list[dict[str, Any]]:
         return [
@@ -154,7 +158,9 @@ class BiPVLInfer(BasicInferTask):
         model, task = self._model(options.version or 0, device)
         if options.concepts:
             if task.model.text_format not in ("concepts", "definition"):
-                raise TaskError(f"concepts: this model reads the text format {task.model.text_format!r}, not attributes")
+                raise TaskError(
+                    f"concepts: this model reads the text format {task.model.text_format!r}, not attributes"
+                )
             task = task.with_concepts(options.concepts)
         return super().__call__({**chosen, "run": _Run(options, model, task)}, callbacks)
 
@@ -247,7 +253,9 @@ class BiPVLInfer(BasicInferTask):
                     versions.check_same_task(checkpoint, self.task, path)
                     model, task = versions.restore_model(checkpoint, path)
                     if task.concepts.hash != self.task.concepts.hash:
-                        logger.warning("Version %d reads the sentences it was trained with; the file has changed", version)
+                        logger.warning(
+                            "Version %d reads the sentences it was trained with; the file has changed", version
+                        )
                 else:
                     set_determinism(0)
                     model, task = build_model(self.task), self.task

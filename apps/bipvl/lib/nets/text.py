@@ -107,7 +107,9 @@ class StageDividedBert(nn.Module):
         limit = self.bert.config.max_position_embeddings
         for text, e in zip(texts, encoded, strict=True):
             if len(e.ids) > limit:
-                raise TaskError(f"a text of {len(e.ids)} tokens; the text encoder takes at most {limit}: {text[:80]!r}…")
+                raise TaskError(
+                    f"a text of {len(e.ids)} tokens; the text encoder takes at most {limit}: {text[:80]!r}…"
+                )
         longest = max(len(e.ids) for e in encoded)
         ids = torch.full((len(texts), longest), self.bert.config.pad_token_id or 0)
         mask = torch.zeros(len(texts), longest, dtype=torch.bool)
@@ -192,7 +194,10 @@ def build_text(task: Task, assets: TextAssets | None = None) -> StageDividedBert
         TaskError: the encoder cannot be loaded; there is no silent fallback to another one.
     """
     if assets is not None:
-        bert, tokenizer = BertModel(BertConfig(**json.loads(assets.config)), add_pooling_layer=False), Tokenizer.from_str(assets.tokenizer)
+        bert, tokenizer = (
+            BertModel(BertConfig(**json.loads(assets.config)), add_pooling_layer=False),
+            Tokenizer.from_str(assets.tokenizer),
+        )
     elif task.model.text == "scratch":
         bert, tokenizer = _scratch(task)
     else:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
-from monai.data import decollate_batch
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.handlers import LrScheduleHandler, MeanDice, ValidationHandler, from_engine
 from monai.networks.utils import one_hot
@@ -138,7 +137,9 @@ class BiPVLTrain(BasicTrainTask):
         return None  # the loss is part of TrainingNetwork
 
     def train_pre_transforms(self, context: Context) -> Compose:
-        transforms = Compose([*load(self.task, label=True), *augment(self.task, int(context.request["patches_per_case"]))])
+        transforms = Compose(
+            [*load(self.task, label=True), *augment(self.task, int(context.request["patches_per_case"]))]
+        )
         return transforms.set_random_state(int(context.request["seed"]))
 
     def val_pre_transforms(self, context: Context) -> Compose:
@@ -196,7 +197,9 @@ class BiPVLTrain(BasicTrainTask):
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             parts = engine.network(image, label)
         if not torch.isfinite(parts["loss"]):
-            raise ValueError(f"the loss became {parts['loss'].item()} in epoch {engine.state.epoch}; lower learning_rate")
+            raise ValueError(
+                f"the loss became {parts['loss'].item()} in epoch {engine.state.epoch}; lower learning_rate"
+            )
         parts["loss"].backward()
         torch.nn.utils.clip_grad_norm_(engine.network.parameters(), 1.0)
         engine.optimizer.step()

@@ -90,7 +90,9 @@ class Tracker:
     def _validated(self, evaluator: Engine) -> None:
         state = evaluator.state
         per_class = torch.as_tensor(state.metrics["val_class_dice"]).flatten().tolist()
-        scalars = {f"dice_{name.replace(' ', '_')}": v for name, v in zip(self.task.classes, per_class, strict=True) if v == v}
+        scalars = {
+            f"dice_{name.replace(' ', '_')}": v for name, v in zip(self.task.classes, per_class, strict=True) if v == v
+        }
         scalars["val_mean_dice"] = float(state.metrics["val_mean_dice"])
         self._record(scalars, state.epoch)
         classes = ", ".join(

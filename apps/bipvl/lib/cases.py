@@ -1,0 +1,203 @@
+"""Cases: which images and labels there are, and which of them can be used.
+
+A case is a dictionary with `id`, `image` and `label`, the last two absolute paths, `label` None where there is none.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+from rich.console import Console
+from rich.table import Table
+
+from lib.tasks import Task
+from lib.volumes import align_label, check_grid, check_image, encode, read_header, read_volume
+
+SUFFIXES = (".nii.gz", ".nii", ".seg.nrrd", ".nrrd", ".mha", ".mhd")
+LABELS_FOLDER = Path("labels") / "final"
+
+
+class Case(TypedDict):
+    """One image, labelled or not."""
+
+    id: str
+    image: str
+    label: str | None
+
+
+@dataclass(frozen=True)
+class CaseAudit:
+    """What was found in one labelled case.
+
+    counts: class name to voxels, empty where the label could not be read. problem: why the case cannot be used.
+    """
+
+    case: Case
+    counts: dict[str, int]
+    problem: str | None
+
+    @property
+    def empty(self) -> bool:
+        """The label is readable but shows no class."""
+        return self.problem is None and not any(self.counts.values())
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was found in all cases of a task."""
+
+    task: str
+    classes: tuple[str, ...]
+    cases: tuple[CaseAudit, ...]
+
+    @property
+    def usable(self) -> list[Case]:
+        """Labelled cases without a problem. An empty label stays: it teaches what background is."""
+        return [c.case for c in self.cases if c.problem is None]
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Classes that no usable case shows."""
+        return tuple(n for n in self.classes if not any(c.counts.get(n) for c in self.cases if c.problem is None))
+
+    def table(self) -> str:
+        """Voxels per case and class, and the problems, as plain text."""
+        table = Table("case", *self.classes, "status", title=f"Labels of task {self.task}")
+        for c in self.cases:
+            counts = [str(c.counts[n]) if n in c.counts else "-" for n in self.classes]
+            table.add_row(c.case["id"], *counts, "unusable" if c.problem else "empty" if c.empty else "ok")
+        # Problems name files and affines: below the table they stay in one piece.
+        lines = [f"{c.case['id']}: {c.problem}" for c in self.cases if c.problem]
+        if self.missing:
+            lines.append(f"never present in a usable case: {', '.join(self.missing)}")
+        console = Console(width=60 + 16 * len(self.classes), color_system=None)
+        with console.capture() as capture:
+            console.print(table)
+        return "\n".join([capture.get().rstrip(), *lines])
+
+    def check(self) -> None:
+        """Refuse what training could not learn from.
+
+        Raises:
+            ValueError: no usable case, or no usable case that shows any class; with the table.
+        """
+        if not self.usable:
+            raise ValueError(f"none of {len(self.cases)} case(s) can be used for task {self.task!r}\n{self.table()}")
+        if len(self.missing) == len(self.classes):
+            raise ValueError(f"every usable label is empty: nothing to learn for task {self.task!r}\n{self.table()}")
+
+
+def image_id(path: str | Path) -> str:
+    """The id of a case: the name of its image without the extension."""
+    name = Path(path).name
+    suffix = next((s for s in SUFFIXES if name.lower().endswith(s)), "")
+    return name[: len(name) - len(suffix)]
+
+
+def read_datalist(source: str | Path) -> list[Case]:
+    """The cases of a MONAI Label folder or of a JSON list, sorted by id.
+
+    Args:
+        source: a folder with images, their labels under the same name in `labels/final`; or a JSON file: a list of
+            objects with `image` and optionally `label` and `id`, or an object with such a list under `training`
+            (Medical Segmentation Decathlon). Paths are relative to the JSON file.
+
+    Raises:
+        ValueError: naming the file and what is wrong.
+    """
+    source = Path(source)
+    if source.is_dir():
+        return _unique(_from_folder(source.resolve()), source)
+    if not source.is_file():
+        raise ValueError(f"{source}: neither a folder nor a JSON file")
+    return _unique(_from_json(source.resolve()), source)
+
+
+def audit(task: Task, cases: Sequence[Mapping[str, Any]], voxels: bool = True) -> Audit:
+    """Read every case's label and image and say what cannot be used, and why. One bad case never stops the rest.
+
+    Args:
+        cases: with `id`, `image`, `label`.
+        voxels: also read the images' voxels, where truncated files and NaN show; else only headers.
+    """
+    return Audit(task.name, task.classes, tuple(_audit_case(task, case, voxels) for case in cases))
+
+
+def _audit_case(task: Task, given: Mapping[str, Any], voxels: bool) -> CaseAudit:
+    label_path = str(given["label"]) if given.get("label") else None
+    case = Case(id=str(given["id"]), image=str(given["image"]), label=label_path)
+    if label_path is None:
+        return CaseAudit(case, {}, "no label")
+    counts: dict[str, int] = {}
+    try:
+        if voxels:
+            image = read_volume(case["image"])
+            check_image(image, task)
+        else:
+            image = read_header(case["image"])
+            check_grid(case["image"], image.shape, image.affine.numpy(), task)
+        label = align_label(read_volume(label_path), image)
+        encoded = encode(label.as_tensor(), task, label_path)
+        if task.overlapping:
+            counts = {n: int(encoded[i].count_nonzero()) for i, n in enumerate(task.classes)}
+        else:
+            counts = {n: int((encoded == i).sum()) for i, n in enumerate(task.classes, 1)}
+    except ValueError as error:
+        return CaseAudit(case, counts, str(error))
+    return CaseAudit(case, counts, None)
+
+
+def _from_folder(folder: Path) -> list[Case]:
+    labels = {image_id(p): p for p in _volumes(folder / LABELS_FOLDER)}
+    return [
+        Case(id=image_id(p), image=str(p), label=str(labels[image_id(p)]) if image_id(p) in labels else None)
+        for p in _volumes(folder)
+    ]
+
+
+def _volumes(folder: Path) -> list[Path]:
+    """Image files, without hidden ones (archives made on macOS carry a `._` twin of every file)."""
+    if not folder.is_dir():
+        return []
+    return [p for p in folder.iterdir() if p.name.lower().endswith(SUFFIXES) and not p.name.startswith(".")]
+
+
+def _from_json(path: Path) -> list[Case]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # also a text that is not UTF-8
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    entries = data.get("training") if isinstance(data, dict) else data
+    if not isinstance(entries, list):
+        raise ValueError(f"{path}: expected a list of cases, or an object with such a list under 'training'")
+    cases = []
+    for number, entry in enumerate(entries):
+        if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
+            raise ValueError(f"{path}: entry {number}: expected an object with 'image' and 'label', found {entry!r}")
+        label = entry.get("label")
+        if label is not None and not isinstance(label, str):
+            raise ValueError(f"{path}: entry {number}: 'label' must be a path, found {label!r}")
+        image = path.parent / entry["image"]
+        cases.append(
+            Case(
+                id=str(entry.get("id") or image_id(image)),
+                image=str(image),
+                label=str(path.parent / label) if label else None,
+            )
+        )
+    return cases
+
+
+def _unique(cases: list[Case], source: Path) -> list[Case]:
+    if not cases:
+        raise ValueError(f"{source}: no images; valid names end in {', '.join(SUFFIXES)}")
+    counts = Counter(case["id"] for case in cases)
+    twins = [name for name, count in counts.items() if count > 1]
+    if twins:
+        raise ValueError(f"{source}: several cases with id {twins[0]!r}; an id names one image")
+    return sorted(cases, key=lambda case: case["id"])
