@@ -15,7 +15,7 @@ from rich.progress import track
 from rich.table import Table
 
 from lib import metrics
-from lib.cases import read_datalist
+from lib.cases import Case, read_datalist
 from lib.concept_check import check
 from lib.infers import BiPVLInfer
 from lib.phantom import write_studies
@@ -112,13 +112,13 @@ def evaluate(
     """Score a version on labelled cases: DSC, HD95 and NSD per class and case."""
     chosen = _task(task, set_)
     engine = BiPVLInfer(chosen, model_dir / chosen.name)
-    cases = [c for c in read_datalist(data) if c["label"]]
+    cases = _Cases(data).datalist()
     if not cases:
         raise ValueError(f"{data}: no labelled case to evaluate")
     rows = []
     for case in track(cases, "Evaluating", console=console):
         mask, _ = _segment(engine, Path(case["image"]), version, overlap, tta, device)
-        rows += metrics.evaluate_case(chosen, Path(mask), Path(case["label"]), case["id"], tolerance)
+        rows += metrics.evaluate_case(chosen, Path(mask), Path(str(case["label"])), case["id"], tolerance)
         Path(mask).unlink()
     out.mkdir(parents=True, exist_ok=True)
     metrics.write_csv(rows, out / "metrics.csv")
@@ -171,7 +171,7 @@ class _Cases:
     def __init__(self, source: Path) -> None:
         self.source = source
 
-    def datalist(self) -> list[dict[str, Any]]:
+    def datalist(self) -> list[Case]:
         return [case for case in read_datalist(self.source) if case["label"]]
 
 

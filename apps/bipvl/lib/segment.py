@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from monai.data import MetaTensor
 from monai.inferers import sliding_window_inference
 from torch import Tensor
 from torch.nn import functional as F
@@ -55,7 +57,9 @@ class _Windows:
     def __init__(self, model: BiPVLSeg, task: Task, sentences: Sentences | None, flips: list[tuple[int, ...]]) -> None:
         self.model, self.task, self.sentences, self.flips = model, task, sentences, flips
         self.windows = self.skipped = 0
-        self.mass = self.weights = self.cosine = None
+        self.mass: Any = None  # of each class over all windows (C,)
+        self.weights: Any = None
+        self.cosine: Any = None
 
     def __call__(self, patches: Tensor) -> Tensor:
         # A window of one constant value (air, or the zeros around a skull-stripped brain) has nothing to segment.
@@ -126,15 +130,16 @@ def predict(
     overlap = task.overlap if overlap is None else overlap
     if not 0 <= overlap < 1:
         raise ValueError(f"overlap {overlap}: valid is 0 up to, but not including, 1")
+    image = image.as_tensor() if isinstance(image, MetaTensor) else image
     device = next(model.parameters()).device
-    flips = [(2 + AXES.index(axis),) for axis in task.augmentation.flip] if tta else []
+    flips: list[tuple[int, ...]] = [(2 + AXES.index(a),) for a in task.augmentation.flip] if tta else []
     settings = [(window_batch, device), (1, device), (1, torch.device("cpu"))]
     for attempt, (batch, stitch) in enumerate(settings):
         windows = _Windows(model, task, sentences, flips)
         try:
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 logits = sliding_window_inference(
-                    image[None].as_tensor() if hasattr(image, "as_tensor") else image[None],
+                    image[None],
                     task.patch,
                     batch,
                     windows,

@@ -264,8 +264,8 @@ class Task(_Model):
             raise ValueError(f"patch {self.patch}: {self.model.vision} needs multiples of 16")
         if "left-right" in self.augmentation.flip and self.lateralised:
             raise ValueError(
-                f"augmentation.flip: 'left-right' would turn {self.lateralised[0]!r} into its twin while the text keeps "
-                "its side; remove it"
+                f"augmentation.flip: 'left-right' would turn {self.lateralised[0]!r} into its twin while the text "
+                "keeps its side; remove it"
             )
         missing = [c for c in self.classes if c not in self.concepts.classes]
         if missing:
@@ -277,7 +277,8 @@ class Task(_Model):
             sentences = self.concepts.classes[name].sentences
             if set(sentences) != set(ATTRIBUTES):
                 raise ValueError(
-                    f"concepts.classes.{name}: attributes {sorted(sentences)}; every class has exactly {', '.join(ATTRIBUTES)}"
+                    f"concepts.classes.{name}: attributes {sorted(sentences)}; "
+                    f"every class has exactly {', '.join(ATTRIBUTES)}"
                 )
         if self.model.text_format == "ambiguous":
             counts = {len(self.concepts.classes[c].ambiguous) for c in self.classes}

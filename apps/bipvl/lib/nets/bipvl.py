@@ -39,7 +39,7 @@ class Output(NamedTuple):
 
 
 class ClassEmbedding(nn.Module):
-    """The head of Eq. (3): an MLP gives each place of V_4 a score a class, and V_4 pooled under them is the class's vector.
+    """The head of Eq. (3): an MLP scores each place of V_4 for each class; V_4 pooled under the scores is its vector.
 
     The paper flattens the class map to a vector (27 values for a 96³ patch), which ties the model to one patch size.
     Here the vector of a class is the mean of V_4 weighted by the class's probability, so any patch works.

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -141,7 +142,7 @@ class StageDividedBert(nn.Module):
 
     def _read(self, sentences: Sentences) -> TextStates:
         self.token_passes += 1
-        layers = self.bert.encoder.layer
+        layers: Any = self.bert.encoder.layer
         bias = torch.zeros(sentences.mask.shape, device=self.ids.device).masked_fill(~sentences.mask, -torch.inf)
         x = self.bert.embeddings(input_ids=sentences.ids)  # (R, L, E)
         for layer in layers[: self.ends[0]]:
@@ -158,12 +159,12 @@ class StageDividedBert(nn.Module):
     def advance(self, n: int, rows: Tensor, states: TextStates) -> Tensor:
         """Take the rows (B, R, E) through stage n (1, 2, 3; stage 0 is part of `read`)."""
         for i in range(self.ends[n - 1], self.ends[n]):
-            layer = self.bert.encoder.layer[i]
+            layer: Any = self.bert.encoder.layer[i]
             rows = self._attend(layer, rows, states, i - self.ends[0])
             rows = layer.output(layer.intermediate(rows), rows)
         return rows
 
-    def _attend(self, layer: nn.Module, rows: Tensor, states: TextStates, i: int) -> Tensor:
+    def _attend(self, layer: Any, rows: Tensor, states: TextStates, i: int) -> Tensor:
         """Attention of each row to itself and to its own sentence's tokens; b batch, r row, h head, l token."""
         attention = layer.attention.self
         heads, width = attention.num_attention_heads, attention.attention_head_size
@@ -177,7 +178,7 @@ class StageDividedBert(nn.Module):
         return layer.attention.output(mixed.flatten(2), rows)
 
     @staticmethod
-    def _split(x: Tensor, attention: nn.Module) -> Tensor:
+    def _split(x: Tensor, attention: Any) -> Tensor:
         """(R, L, E) to (R, heads, L, E/heads)."""
         return x.unflatten(2, (attention.num_attention_heads, attention.attention_head_size)).transpose(1, 2)
 

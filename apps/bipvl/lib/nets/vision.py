@@ -12,6 +12,7 @@ import contextlib
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.utils.checkpoint
@@ -140,7 +141,7 @@ class UNetBackbone(VisionBackbone):
         self.checkpointing = checkpointing
 
     def _levels(self) -> tuple[list[nn.Module], list[nn.Module]]:
-        """MONAI nests the levels: (down, skip around the next level, up). Returns the downs and the ups from the top."""
+        """MONAI nests the levels as (down, skip around the next level, up). Returns all downs and ups, from the top."""
         downs, ups, level = [], [], self.net.model
         while isinstance(level, nn.Sequential) and len(level) == 3 and isinstance(level[1], SkipConnection):
             downs.append(level[0])
@@ -199,8 +200,8 @@ def _checkpointed(module: nn.Module, x: Tensor) -> Tensor:
 
 
 BACKBONES: dict[str, Callable[..., VisionBackbone]] = {
-    "swin_unetr": lambda *size: SwinUNETRBackbone(*size, v2=False),
-    "swin_unetr_v2": lambda *size: SwinUNETRBackbone(*size, v2=True),
+    "swin_unetr": partial(SwinUNETRBackbone, v2=False),
+    "swin_unetr_v2": partial(SwinUNETRBackbone, v2=True),
     "unetr": UNETRBackbone,
     "unet": UNetBackbone,
     "unetpp": UNetPlusPlusBackbone,

@@ -96,11 +96,13 @@ class BiPVLTrain(BasicTrainTask):
         training, validation = split_cases(list(by_id), share, self.folder / "split.json")
         if not training:
             raise ValueError(
-                f"all {len(by_id)} labelled case(s) are kept for validation ({self.folder / 'split.json'}); label another case"
+                f"all {len(by_id)} labelled case(s) are kept for validation ({self.folder / 'split.json'}); "
+                "label another case"
             )
         if not validation:
             logger.warning(
-                "No validation: %d labelled case(s) at val_split %s leave none. The last epoch's model is published without a score.",
+                "No validation: %d labelled case(s) at val_split %s leave none. The last epoch's model is published "
+                "without a score.",
                 len(training),
                 share,
             )
@@ -173,7 +175,7 @@ class BiPVLTrain(BasicTrainTask):
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
             context.optimizer, context.max_epochs * len(loader), self.task.training.min_learning_rate
         )
-        handlers: list[Any] = [LrScheduleHandler(schedule, print_lr=False, epoch_level=False)]
+        handlers: list[Any] = [LrScheduleHandler(schedule, print_lr=False, epoch_level=False)]  # type: ignore[arg-type]
         if context.evaluator:
             interval = min(int(context.request["val_interval"]), context.max_epochs)
             handlers.append(ValidationHandler(interval, context.evaluator, epoch_level=True))
@@ -183,13 +185,13 @@ class BiPVLTrain(BasicTrainTask):
             train_data_loader=loader,
             network=context.network,
             optimizer=context.optimizer,
-            loss_function=None,
+            loss_function=None,  # type: ignore[arg-type]  # _train_step calls the network for its loss
             iteration_update=self._train_step,
             train_handlers=handlers,
             decollate=False,
         )
 
-    def _train_step(self, engine: Engine, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _train_step(self, engine: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
         device = engine.state.device
         image, label = (batch[k].as_tensor().to(device, non_blocking=True) for k in ("image", "label"))
         engine.network.train()
@@ -205,7 +207,7 @@ class BiPVLTrain(BasicTrainTask):
         engine.optimizer.step()
         return {**parts, "loss": parts["loss"].detach()}
 
-    def _validate_case(self, engine: Engine, batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    def _validate_case(self, engine: Any, batch: dict[str, Any]) -> list[dict[str, Tensor]]:
         network = _unwrapped(engine.network).eval()
         rows = []
         for image, label in zip(batch["image"], batch["label"], strict=True):
@@ -239,7 +241,7 @@ class BiPVLTrain(BasicTrainTask):
                 network.model, self.task, self._manifest(context), uncertainty=network.uncertainty.state_dict()
             )
 
-        def after_validation(engine: Engine) -> None:
+        def after_validation(engine: Any) -> None:
             if engine.state.best_metric_epoch == engine.state.epoch:
                 versions.save(checkpoint(), best)
 

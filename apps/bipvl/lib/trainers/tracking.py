@@ -52,17 +52,17 @@ class Tracker:
         stats = prepare_stats(self.context.start_ts, self.context.trainer, self.context.evaluator)
         return {**stats, "latest": {k: round(v, 6) for k, v in self.latest.items()}}
 
-    def _start_epoch(self, _: Engine) -> None:
+    def _start_epoch(self, _: Any) -> None:
         self._sums.clear()
         self._patches = 0
         self._epoch_start = time.time()
 
-    def _add(self, engine: Engine) -> None:
+    def _add(self, engine: Any) -> None:
         for name, value in engine.state.output.items():
             self._sums[name] += float(value)
         self._patches += len(engine.state.batch["image"])
 
-    def _end_epoch(self, engine: Engine) -> None:
+    def _end_epoch(self, engine: Any) -> None:
         state = engine.state
         seconds = time.time() - self._epoch_start
         network = self.context.network
@@ -87,7 +87,7 @@ class Tracker:
             left,
         )
 
-    def _validated(self, evaluator: Engine) -> None:
+    def _validated(self, evaluator: Any) -> None:
         state = evaluator.state
         per_class = torch.as_tensor(state.metrics["val_class_dice"]).flatten().tolist()
         scalars = {
