@@ -19,6 +19,7 @@ from lib.cases import Case, read_datalist
 from lib.concept_check import check
 from lib.infers import BiPVLInfer
 from lib.phantom import write_studies
+from lib.picture import picture as draw_picture
 from lib.tasks import CONCEPTS_DIR, TASKS_DIR, Task, list_tasks, load_task
 from lib.trainers import BiPVLTrain
 
@@ -163,6 +164,22 @@ def studies(
 ) -> None:
     """Generate the quickstart's phantom studies."""
     write_studies(folder, cases=cases, labelled=labelled, seed=seed)
+
+
+@app.command()
+def picture(
+    image: Annotated[Path, typer.Argument(help="volume to show")],
+    task: TaskOption,
+    out: Annotated[Path, typer.Option(help="PNG file to write")],
+    mask: Annotated[list[str] | None, typer.Option(help="title=file, a row each; may be given several times")] = None,
+) -> None:
+    """Draw three planes of a volume, and masks on it."""
+    for entry in mask or []:
+        if "=" not in entry:
+            raise typer.BadParameter(f"--mask {entry}: expected title=file, e.g. model=mask.nii.gz")
+    masks = dict(entry.split("=", 1) for entry in mask or [])
+    draw_picture(load_task(task), image, {title: Path(path) for title, path in masks.items()}, out)
+    console.print(f"Written: {out}")
 
 
 class _Cases:

@@ -109,6 +109,7 @@ class ModelSpec(_Model):
 
     vision: Literal["swin_unetr", "swin_unetr_v2", "unetr", "unet", "unetpp"] = "swin_unetr"
     feature_size: Annotated[int, Field(ge=4)] = 48
+    swin_heads: Annotated[int, Field(ge=1)] = 3  # of stage 1, doubled each stage; small models are faster with 1
     text: str = "emilyalsentzer/Bio_ClinicalBERT"
     text_format: Literal["concepts", "ambiguous", "definition", "name"] = "concepts"
     scratch: ScratchText = ScratchText()
@@ -119,6 +120,8 @@ class ModelSpec(_Model):
 
     @model_validator(mode="after")
     def _swin_width(self) -> ModelSpec:
+        if self.vision.startswith("swin") and self.feature_size % self.swin_heads:
+            raise ValueError(f"swin_heads {self.swin_heads} must divide feature_size {self.feature_size}")
         if self.vision.startswith("swin") and self.feature_size % 12:
             raise ValueError(f"feature_size {self.feature_size}: {self.vision} needs a multiple of 12")
         return self

@@ -113,6 +113,7 @@ def check_same_task(checkpoint: dict[str, Any], task: Task, path: Path | str = "
             ("label values", theirs.label_values, task.label_values),
             ("channels", theirs.channels, task.channels),
             ("vision backbone", theirs.model.vision, task.model.vision),
+            ("Swin heads", theirs.model.swin_heads, task.model.swin_heads),
             ("feature size", theirs.model.feature_size, task.model.feature_size),
             ("fusion", theirs.model.fusion, task.model.fusion),
             ("projection", theirs.model.projection, task.model.projection),

@@ -10,15 +10,18 @@ Segmentation", arXiv 2503.23534, section 3.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lib.nets.fusion import WINDOW, BiFusion, IdentityFusion
 from lib.nets.text import Sentences, StageDividedBert, TextAssets, build_text
 from lib.nets.vision import STAGES, VisionBackbone, build_vision
 from lib.tasks import Task
+
+GRID = (3, 3, 3)  # of the class vectors; V_4 of a 96³ patch
 
 
 class Output(NamedTuple):
@@ -39,25 +42,26 @@ class Output(NamedTuple):
 
 
 class ClassEmbedding(nn.Module):
-    """The head of Eq. (3): an MLP scores each place of V_4 for each class; V_4 pooled under the scores is its vector.
+    """The head of Eq. (3): an MLP scores each place of V_4 for each class; a class's scores over places are its vector.
 
-    The paper flattens the class map to a vector (27 values for a 96³ patch), which ties the model to one patch size.
-    Here the vector of a class is the mean of V_4 weighted by the class's probability, so any patch works.
+    The paper flattens the class map, 27 values for a 96³ patch, which ties the model to one patch size. Here the map is
+    first averaged onto a grid of 3 x 3 x 3, which changes nothing for 96³ and takes any other patch.
     """
 
     def __init__(self, width: int, classes: int, overlapping: bool) -> None:
         super().__init__()
-        self.overlapping = overlapping
-        channels = classes if overlapping else classes + 1
-        self.mlp = nn.Sequential(nn.Conv3d(width, width // 2, 1), nn.GELU(), nn.Conv3d(width // 2, channels, 1))
+        self.background = 0 if overlapping else 1
+        # V_4 has no bound of its own; without the norm its scores explode at large learning rates.
+        self.norm = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, width // 2), nn.GELU(), nn.Linear(width // 2, classes + self.background)
+        )
 
     def forward(self, v4: Tensor) -> tuple[Tensor, Tensor]:
-        """V_4 (B, width, h, w, d) to the class map (B, channels, h, w, d) and class vectors (B, C, width)."""
-        class_map = self.mlp(v4)
-        p = class_map.float().sigmoid() if self.overlapping else class_map.float().softmax(1)[:, 1:]
-        p = p.flatten(2)
-        p = p / p.sum(-1, keepdim=True).clamp_min(1e-6)
-        return class_map, torch.einsum("bcn,bfn->bcf", p, v4.flatten(2).float()).to(v4.dtype)
+        """V_4 (B, width, h, w, d) to the class map (B, channels, h, w, d) and class vectors (B, C, 27)."""
+        scores = self.mlp(self.norm(v4.flatten(2).transpose(1, 2)))  # (B, h*w*d, channels)
+        class_map = scores.transpose(1, 2).unflatten(2, v4.shape[2:])
+        return class_map, F.adaptive_avg_pool3d(class_map[:, self.background :], GRID).flatten(2)
 
 
 class BiPVLSeg(nn.Module):
@@ -91,7 +95,7 @@ class BiPVLSeg(nn.Module):
         self.embedding = embedding
         self.head = nn.Conv3d(vision.feature_width, channels, 1)
         self.project_text = nn.Linear(text.width, projection)
-        self.project_vision = nn.Linear(vision.widths[-1], projection)
+        self.project_vision = nn.Linear(math.prod(GRID), projection)
 
     def forward(self, image: Tensor, sentences: Sentences | None = None) -> Output:
         """Segment a batch of patches.
@@ -128,7 +132,8 @@ def build_model(task: Task, assets: TextAssets | None = None) -> BiPVLSeg:
         TaskError: the text encoder cannot be loaded, or a sentence is too long for it.
     """
     spec = task.model
-    vision = build_vision(spec.vision, len(task.channels), task.patch, spec.feature_size, spec.checkpointing)
+    own = {"heads": spec.swin_heads} if spec.vision.startswith("swin") else {}
+    vision = build_vision(spec.vision, len(task.channels), task.patch, spec.feature_size, spec.checkpointing, **own)
     text = build_text(task, assets)
     fusion = nn.ModuleList()
     for width, stride in zip(vision.widths, vision.strides, strict=True):

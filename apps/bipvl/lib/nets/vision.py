@@ -13,6 +13,7 @@ import io
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.utils.checkpoint
@@ -61,11 +62,16 @@ class VisionBackbone(nn.Module, ABC):
 class SwinUNETRBackbone(VisionBackbone):
     """MONAI's Swin UNETR. A stage is its blocks and the patch merging after them (V2: the residual convolution too)."""
 
-    def __init__(self, channels: int, patch: Sequence[int], feature_size: int, checkpointing: bool, v2: bool) -> None:
+    def __init__(
+        self, channels: int, patch: Sequence[int], feature_size: int, checkpointing: bool, v2: bool, heads: int = 3
+    ) -> None:
         super().__init__()
         d = feature_size
         self.widths, self.strides, self.feature_width = (2 * d, 4 * d, 8 * d, 16 * d), (4, 8, 16, 32), d
-        self.net = SwinUNETR(channels, 1, feature_size=d, use_checkpoint=checkpointing, use_v2=v2)
+        heads_of_stages = tuple(heads * 2**n for n in range(STAGES))
+        self.net = SwinUNETR(
+            channels, 1, feature_size=d, num_heads=heads_of_stages, use_checkpoint=checkpointing, use_v2=v2
+        )
         del self.net.out  # the model has its own head
 
     def stem(self, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,7 +215,7 @@ BACKBONES: dict[str, Callable[..., VisionBackbone]] = {
 
 
 def build_vision(
-    name: str, channels: int, patch: Sequence[int], feature_size: int, checkpointing: bool = False
+    name: str, channels: int, patch: Sequence[int], feature_size: int, checkpointing: bool = False, **own: Any
 ) -> VisionBackbone:
     """Build a backbone by name.
 
@@ -219,10 +225,11 @@ def build_vision(
         patch: voxels a side; only UNETR is tied to it (learned position embeddings).
         feature_size: the width d of the paper (48 at full size).
         checkpointing: recompute activations in the backward pass to save memory.
+        own: what only this backbone takes (Swin UNETR: `heads`, attention heads of stage 1).
 
     Raises:
         ValueError: unknown name.
     """
     if name not in BACKBONES:
         raise ValueError(f"vision backbone {name!r}: valid are {', '.join(BACKBONES)}")
-    return BACKBONES[name](channels, tuple(patch), feature_size, checkpointing)
+    return BACKBONES[name](channels, tuple(patch), feature_size, checkpointing, **own)

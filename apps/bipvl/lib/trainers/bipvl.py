@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ from lib.versions import Versions, write_json
 
 logger = logging.getLogger(__name__)
 
+# Eq. (15) drives sigma to the root of its loss: a loss that nearly vanishes for a while would get a weight of
+# thousands, and its next large value would drown the others. At the floor the weight is 50.
+LOG_SIGMA_FLOOR = math.log(0.1)
 PACKAGES = ("torch", "monai", "monailabel", "transformers")
 
 
@@ -205,6 +209,8 @@ class BiPVLTrain(BasicTrainTask):
         parts["loss"].backward()
         torch.nn.utils.clip_grad_norm_(engine.network.parameters(), 1.0)
         engine.optimizer.step()
+        with torch.no_grad():
+            _unwrapped(engine.network).uncertainty.log_sigma.clamp_(min=LOG_SIGMA_FLOOR)
         return {**parts, "loss": parts["loss"].detach()}
 
     def _validate_case(self, engine: Any, batch: dict[str, Any]) -> list[dict[str, Tensor]]:

@@ -34,11 +34,14 @@ class Tracker:
         self.board = SummaryWriter(context.events_dir)
         self.mlflow = _start_mlflow(context) if str(context.tracking).lower() == "mlflow" else None
         self.latest: dict[str, float] = {}
+        self.losses: list[float] = []
         self._sums: dict[str, float] = defaultdict(float)
         self._patches = 0
         self._epoch_start = time.time()
 
     def attach(self, trainer: Engine, evaluator: Engine | None) -> None:
+        for engine in (trainer, evaluator) if evaluator else (trainer,):
+            engine.logger.setLevel(logging.WARNING)  # the lines below say what its own say, and more
         trainer.add_event_handler(Events.EPOCH_STARTED, self._start_epoch)
         trainer.add_event_handler(Events.ITERATION_COMPLETED, self._add)
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self._end_epoch)
@@ -50,7 +53,11 @@ class Tracker:
     def stats(self) -> dict[str, Any]:
         """MONAI Label's training statistics, and this round's latest figures."""
         stats = prepare_stats(self.context.start_ts, self.context.trainer, self.context.evaluator)
-        return {**stats, "latest": {k: round(v, 6) for k, v in self.latest.items()}}
+        return {
+            **stats,
+            "latest": {k: round(v, 6) for k, v in self.latest.items()},
+            "loss_history": [round(v, 6) for v in self.losses],
+        }
 
     def _start_epoch(self, _: Any) -> None:
         self._sums.clear()
@@ -71,6 +78,7 @@ class Tracker:
         scalars |= network.sigmas()
         scalars["learning_rate"] = self.context.optimizer.param_groups[0]["lr"]
         scalars["patches_per_second"] = self._patches / max(seconds, 1e-9)
+        self.losses.append(scalars["loss"])
         self._record(scalars, state.epoch)
 
         elapsed = time.time() - self.context.start_ts
