@@ -28,6 +28,7 @@ def measure(setting: dict, batch: int) -> dict:
     """Run one step in this process. Returns bytes and counts."""
     sys.path.insert(0, str(ROOT / "apps" / "bipvl"))
     import torch
+
     from lib.losses import segmentation_loss
     from lib.nets import build_model
     from lib.tasks import load_task

@@ -94,8 +94,7 @@ def _draw(
             left += wide + GAP
         top += row_height + GAP
     if names:
-        colors = {name: tuple(channel / 255 for channel in task.labels[name].color) for name in names}
-        patches = [Patch(color=color, label=name) for name, color in colors.items()]
+        patches = [Patch(color="#" + bytes(task.labels[name].color).hex(), label=name) for name in names]
         columns = min(LEGEND_COLUMNS, len(names))
         figure.legend(handles=patches, loc="lower center", ncols=columns, fontsize=9, frameon=False)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ignite.contrib.handlers import ProgressBar
 from ignite.engine import Engine, Events
+from ignite.handlers import EarlyStopping
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
-from monai.handlers import LrScheduleHandler, MeanDice, ValidationHandler, from_engine
+from monai.handlers import LrScheduleHandler, MeanDice, ValidationHandler, from_engine, stopping_fn_from_metric
 from monai.networks.utils import one_hot
 from monai.transforms import Compose
 from monai.utils import set_determinism
@@ -263,7 +265,19 @@ class BiPVLTrain(BasicTrainTask):
         if context.evaluator:
             # ValidationHandler runs the evaluator for one epoch and sets its epoch number to the trainer's.
             context.evaluator.add_event_handler(Events.COMPLETED, after_validation)
+            if context.request["early_stop_patience"] > 0:
+                stop = EarlyStopping(
+                    context.request["early_stop_patience"],
+                    stopping_fn_from_metric(self.VAL_METRIC_MEAN_DICE),
+                    context.trainer,
+                )
+                context.evaluator.add_event_handler(Events.COMPLETED, stop)
         tracker.attach(context.trainer, context.evaluator)
+        if context.request.get("progress"):  # a terminal is watching
+            bar = ProgressBar(desc="Training", persist=True)
+            bar.attach(
+                context.trainer, None, lambda o: {"loss": float(o["loss"])}, Events.EPOCH_COMPLETED, Events.COMPLETED
+            )
         context.trainer.add_event_handler(Events.EPOCH_COMPLETED, after_epoch)
         context.trainer.add_event_handler(Events.COMPLETED, publish)
 
@@ -299,6 +313,7 @@ def _checked(request: dict[str, Any]) -> dict[str, Any]:
         ("learning_rate", float, 1e-12),
         ("val_split", float, 0),
         ("seed", int, 0),
+        ("early_stop_patience", int, -1),
     ):
         try:
             request[key] = kind(request[key])
