@@ -125,8 +125,10 @@ def test_sigmas_are_trained_without_weight_decay_and_bounded(tmp_path):
     context.request = {"seed": 0, "learning_rate": 1e-3}
     context.network = trainer.network(context)
     groups = trainer.optimizer(context).param_groups
-    assert [g["weight_decay"] for g in groups] == [trainer.task.training.weight_decay, 0.0]
-    assert [p.shape for p in groups[1]["params"]] == [(3,)]
+    recipe = trainer.task.training
+    assert [g["weight_decay"] for g in groups] == [recipe.weight_decay, recipe.weight_decay, 0.0]
+    assert [g["lr"] for g in groups] == [1e-3, recipe.language_learning_rate, 1e-3]
+    assert [p.shape for p in groups[2]["params"]] == [(3,)]
     counted = sum(p.numel() for g in groups for p in g["params"])
     assert counted == sum(p.numel() for p in context.network.parameters()), "every parameter is optimised (defect 1)"
     assert math.exp(trainer_module.LOG_SIGMA_FLOOR) == pytest.approx(0.1)

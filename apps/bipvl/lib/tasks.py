@@ -135,6 +135,7 @@ class Training(_Model):
     batch_size: Annotated[int, Field(ge=1)] = 1
     patches_per_case: Annotated[int, Field(ge=1)] = 2
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    language_learning_rate: Annotated[float, Field(gt=0)] = 1e-4  # of text encoder, fusion, alignment
     min_learning_rate: Annotated[float, Field(ge=0)] = 1e-7
     weight_decay: Annotated[float, Field(ge=0)] = 1e-5
     hard_negatives: Annotated[int, Field(ge=1)] = 3

@@ -132,13 +132,24 @@ class BiPVLTrain(BasicTrainTask):
         return network
 
     def optimizer(self, context: Context) -> torch.optim.Optimizer:
-        network = context.network
+        """AdamW in three groups: vision, language, and the sigmas, which do not decay.
+
+        The paper has one rate, and so do the defaults. Narrow networks from scratch need a rate for the vision side at
+        which a BERT collapses (all sentences become one vector), so the language side has a rate of its own.
+        """
+        model, recipe = context.network.model, self.task.training
+        vision = [*model.vision.parameters(), *model.head.parameters()]
+        known = {id(p) for p in vision}
+        language = [p for p in model.parameters() if id(p) not in known]
+        rate = float(context.request["learning_rate"])
         return torch.optim.AdamW(
             [
-                {"params": list(network.model.parameters()), "weight_decay": self.task.training.weight_decay},
-                {"params": list(network.uncertainty.parameters()), "weight_decay": 0.0},
+                {"params": vision},
+                {"params": language, "lr": recipe.language_learning_rate},
+                {"params": list(context.network.uncertainty.parameters()), "weight_decay": 0.0},
             ],
-            lr=float(context.request["learning_rate"]),
+            lr=rate,
+            weight_decay=recipe.weight_decay,
         )
 
     def loss_function(self, context: Context) -> None:
