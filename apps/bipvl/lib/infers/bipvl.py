@@ -213,11 +213,11 @@ class BiPVLInfer(BasicInferTask):
             "label_info": self._label_info(),
             "voxels": {name: int(counts[value]) for name, value in task.label_values.items()},
             "concept_weights": {
-                name: {str(row): round(w, 4) for row, w in zip(rows, weights, strict=True)}
+                name: {str(row): round(w, 6) for row, w in zip(rows, weights, strict=True)}
                 for name, weights in zip(task.classes, prediction.concept_weights.tolist(), strict=True)
             },
             "alignment": {
-                name: round(a, 4) for name, a in zip(task.classes, prediction.alignment.tolist(), strict=True)
+                name: round(a, 6) for name, a in zip(task.classes, prediction.alignment.tolist(), strict=True)
             },
             "uncertainty": round(prediction.uncertainty(), 4),
             "windows": prediction.windows,
