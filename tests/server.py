@@ -43,7 +43,8 @@ class Server:
         env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
         env |= {k: v for k, v in environment.items() if v is not None}
         self.command, self.env = command, {k: v for k, v in env.items() if environment.get(k, "") is not None}
-        self.client = MONAILabelClient(f"http://127.0.0.1:{self.port}")
+        # A folder of its own: results keep the name of the server's temporary file, which the server then deletes.
+        self.client = MONAILabelClient(f"http://127.0.0.1:{self.port}", tmpdir=str(models.parent / "received"))
 
     def __enter__(self) -> Server:
         with self.log.open("w") as log:

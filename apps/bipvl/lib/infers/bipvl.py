@@ -9,7 +9,7 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import nibabel
 import numpy as np
@@ -28,6 +28,10 @@ from lib.versions import Versions
 logger = logging.getLogger(__name__)
 
 LOADED_MODELS = 2  # the served version and one that somebody compares it with
+GEOMETRY_FIELDS = (
+    *("qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
+    *("srow_x", "srow_y", "srow_z"),
+)
 GPU_WINDOWS = 4  # windows a forward pass on a GPU; on a CPU batching windows gains nothing
 
 
@@ -232,10 +236,7 @@ class BiPVLInfer(BasicInferTask):
         suffix = extension or data.get("result_extension") or (".nii" if source.endswith(".nii") else ".nii.gz")
         if suffix not in (".nii", ".nii.gz") or not strtobool(str(data.get("result_write_to_file", True))):
             return super().writer({**data, "result_dtype": mask.dtype}, extension, mask.dtype)
-        affine = data["pred_meta_dict"]["affine"]
-        image = nibabel.Nifti1Image(mask, affine)
-        image.set_sform(affine, code=1)
-        image.set_qform(affine, code=1)
+        image = _nifti(mask, data["pred_meta_dict"]["affine"], source)
         with tempfile.NamedTemporaryFile(suffix=suffix, delete=False) as file:
             nibabel.save(image, file.name)
         return file.name, data["result"]
@@ -269,6 +270,24 @@ class BiPVLInfer(BasicInferTask):
         self._models.clear()
 
     clear = clear_cache
+
+
+def _nifti(mask: np.ndarray, affine: np.ndarray, source: str) -> nibabel.Nifti1Image:
+    """The mask as NIfTI. The geometry of a NIfTI source is copied field by field: an affine that the header keeps as a
+    quaternion would change in the last digits if it were written as a matrix."""
+    if not source.endswith((".nii", ".nii.gz")):
+        image = nibabel.Nifti1Image(mask, affine)
+        image.set_qform(affine, code=1)
+        return image
+    geometry = cast(nibabel.Nifti1Image, nibabel.load(source)).header
+    header = nibabel.Nifti1Header()
+    header.set_data_dtype(mask.dtype)
+    header.set_data_shape(mask.shape)
+    header["pixdim"][:4] = geometry["pixdim"][:4]
+    header["xyzt_units"] = geometry["xyzt_units"]
+    for field in GEOMETRY_FIELDS:
+        header[field] = geometry[field]
+    return nibabel.Nifti1Image(mask, None, header)
 
 
 def _boolean(request: dict[str, Any], key: str) -> bool:

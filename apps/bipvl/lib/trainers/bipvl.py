@@ -141,16 +141,12 @@ class BiPVLTrain(BasicTrainTask):
         vision = [*model.vision.parameters(), *model.head.parameters()]
         known = {id(p) for p in vision}
         language = [p for p in model.parameters() if id(p) not in known]
-        rate = float(context.request["learning_rate"])
-        return torch.optim.AdamW(
-            [
-                {"params": vision},
-                {"params": language, "lr": recipe.language_learning_rate},
-                {"params": list(context.network.uncertainty.parameters()), "weight_decay": 0.0},
-            ],
-            lr=rate,
-            weight_decay=recipe.weight_decay,
-        )
+        groups: list[dict[str, Any]] = [
+            {"params": vision},
+            {"params": language, "lr": recipe.language_learning_rate},
+            {"params": list(context.network.uncertainty.parameters()), "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=float(context.request["learning_rate"]), weight_decay=recipe.weight_decay)
 
     def loss_function(self, context: Context) -> None:
         return None  # the loss is part of TrainingNetwork
