@@ -181,9 +181,9 @@ def test_a_label_that_does_not_fit_is_refused(shape):
 # Eq. 3: class embedding
 
 
-def test_class_embedding_target_is_the_largest_mean_probability_of_a_cell():
-    # One cell of 8 voxels. Five are sure of class 1 (p near 1), three are absurdly sure of class 0: by mean probability
-    # class 1 wins (5/8), by mean logit class 0 would.
+def test_class_embedding_target_is_the_most_probable_class_between_the_central_voxels():
+    # One cell of 8 voxels, whose centre is as far from each. Five are sure of class 1 (p near 1), three are absurdly
+    # sure of class 0: by probability class 1 wins (5/8), by logit class 0 would.
     logits = torch.zeros(1, 2, 2, 2, 2)
     flat = logits.view(2, 8)
     flat[1, :5] = 20
@@ -201,7 +201,16 @@ def test_class_embedding_pairs_cells_in_space():
     assert class_embedding_loss(class_map.flip(2), logits).item() == pytest.approx(60)
 
 
-def test_class_embedding_overlapping_thresholds_the_mean_probability():
+def test_class_embedding_target_is_taken_at_the_centre_of_a_cell():
+    # One cell of 6 x 6 x 6 voxels: the 8 in the middle are class 1, all others background. The mean would say 0.
+    logits = torch.zeros(1, 2, 6, 6, 6)
+    logits[:, 0] = 20
+    logits[:, :, 2:4, 2:4, 2:4] = torch.tensor([0.0, 20.0]).view(1, 2, 1, 1, 1)
+    class_map = torch.tensor([0.0, math.log(3)]).view(1, 2, 1, 1, 1)  # p(class 1) = 3/4
+    assert class_embedding_loss(class_map, logits).item() == pytest.approx(math.log(4 / 3), abs=1e-6)
+
+
+def test_class_embedding_overlapping_thresholds_the_probability():
     # Cell shares: region 0 holds 5 of 8 voxels (1), region 1 holds 4 of 8 (not above one half: 0), region 2 all (1).
     logits = torch.full((1, 3, 2, 2, 2), -50.0)
     flat = logits.view(3, 8)

@@ -256,6 +256,33 @@ def test_alignment_can_be_learned_from_scratch():
     assert losses[-1] < 0.5 * losses[0]
 
 
+def test_all_three_losses_fall_together():
+    """Three cubes at changing places: no loss may starve another, and alignment must leave chance."""
+    size = (64, 64, 64)
+    task = tiny_task(patch=size, model={"vision": "unet", "feature_size": 8})
+    network = TrainingNetwork(model_for(task), task).train()
+    vision = [*network.model.vision.parameters(), *network.model.head.parameters()]
+    known = {id(p) for p in vision}
+    language = [p for p in network.parameters() if id(p) not in known]
+    optimizer = torch.optim.AdamW([{"params": vision, "lr": 1e-2}, {"params": language, "lr": 1e-3}])
+    generator, history = torch.Generator().manual_seed(0), []
+    for _ in range(60):
+        image, label = torch.randn(1, 1, *size, generator=generator) * 0.1, torch.zeros(1, 1, *size)
+        for value, centre in enumerate([(16, 16, 32), (44, 20, 32), (32, 44, 32)], 1):
+            shift = torch.randint(-8, 9, (3,), generator=generator).tolist()
+            cube = tuple(slice(c + s - 9, c + s + 9) for c, s in zip(centre, shift, strict=True))
+            image[0, 0][cube] += value
+            label[0, 0][cube] = value
+        parts = network(image, label)
+        optimizer.zero_grad()
+        parts["loss"].backward()
+        optimizer.step()
+        history.append(parts)
+    for name in ("segmentation", "class_embedding", "alignment_global", "alignment_local"):
+        first, last = (torch.stack([p[name] for p in part]).mean() for part in (history[:5], history[-5:]))
+        assert last < 0.7 * first, f"{name}: {first:.3f} -> {last:.3f}"
+
+
 def test_an_untrained_block_leaves_the_encoders_nearly_as_they_are():
     task = task_for()
     model, image = model_for(task).eval(), image_for(task)
