@@ -1,5 +1,6 @@
 """A user's own task: two files, no Python, and every mistake in them is named with its file and key."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -178,7 +179,7 @@ def test_duplicate_yaml_key(own):
 
 def test_duplicate_nested_yaml_key(own):
     path = own()
-    path.write_text(path.read_text().replace("epochs: 20", "epochs: 20\n  epochs: 30"))
+    path.write_text(re.sub(r"(\n  epochs: \d+)", r"\1\1", path.read_text()))
     assert "duplicate key 'epochs'" in error_of(path)
 
 

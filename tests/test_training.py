@@ -24,6 +24,7 @@ SMALL = {
     "spacing": "[8, 8, 8]",
     "patch": "[48, 48, 48]",
     "training.patches_per_case": "1",
+    "training.learning_rate": "1e-3",
 }
 OPTIONS = [word for key, value in SMALL.items() for word in ("--set", f"{key}={value}")]
 
