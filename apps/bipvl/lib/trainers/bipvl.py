@@ -29,7 +29,7 @@ from lib.nets import build_model
 from lib.segment import predict
 from lib.split import split_cases
 from lib.tasks import Task
-from lib.trainers.objective import TrainingNetwork
+from lib.trainers.objective import TrainingNetwork, unwrapped
 from lib.trainers.tracking import Tracker
 from lib.transforms import augment, load
 from lib.versions import Versions, write_json
@@ -219,11 +219,11 @@ class BiPVLTrain(BasicTrainTask):
         torch.nn.utils.clip_grad_norm_(engine.network.parameters(), 1.0)
         engine.optimizer.step()
         with torch.no_grad():
-            _unwrapped(engine.network).uncertainty.log_sigma.clamp_(min=LOG_SIGMA_FLOOR)
+            unwrapped(engine.network).uncertainty.log_sigma.clamp_(min=LOG_SIGMA_FLOOR)
         return {**parts, "loss": parts["loss"].detach()}
 
     def _validate_case(self, engine: Any, batch: dict[str, Any]) -> list[dict[str, Tensor]]:
-        network = _unwrapped(engine.network).eval()
+        network = unwrapped(engine.network).eval()
         rows = []
         for image, label in zip(batch["image"], batch["label"], strict=True):
             probabilities = predict(network.model, image, self.task).probabilities.cpu()
@@ -251,7 +251,7 @@ class BiPVLTrain(BasicTrainTask):
         best.unlink(missing_ok=True)  # of an earlier round
 
         def checkpoint() -> dict[str, Any]:
-            network = _unwrapped(context.network)
+            network = unwrapped(context.network)
             return versions.checkpoint_of(
                 network.model, self.task, self._manifest(context), uncertainty=network.uncertainty.state_dict()
             )
@@ -337,7 +337,3 @@ def _per_class(task: Task, values: Any) -> dict[str, float | None]:
         return {}
     numbers = torch.as_tensor(values).flatten().tolist()
     return {name: None if n != n else round(n, 4) for name, n in zip(task.classes, numbers, strict=True)}
-
-
-def _unwrapped(network: Any) -> TrainingNetwork:
-    return network.module if isinstance(network, torch.nn.parallel.DistributedDataParallel) else network

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -63,12 +65,17 @@ class TrainingNetwork(nn.Module):
         }
 
     def sigmas(self) -> dict[str, float]:
-        values = self.uncertainty.log_sigma.detach().exp().tolist()
+        values = self.uncertainty.sigma.tolist()
         return {f"sigma_{name}": value for name, value in zip(LOSSES, values, strict=True)}
 
     def _noisy(self, x: Tensor) -> Tensor:
         x = nn.functional.normalize(x, dim=-1)
         return x + self.task.training.text_noise * torch.randn_like(x)
+
+
+def unwrapped(network: Any) -> TrainingNetwork:
+    """The network itself, also where several GPUs train it."""
+    return network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
 
 
 def _present(label: Tensor, classes: int, overlapping: bool) -> Tensor:

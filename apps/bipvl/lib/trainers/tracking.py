@@ -16,6 +16,7 @@ from monailabel.tasks.train.handler import prepare_stats
 from torch.utils.tensorboard import SummaryWriter
 
 from lib.tasks import Task
+from lib.trainers.objective import unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -72,8 +73,7 @@ class Tracker:
     def _end_epoch(self, engine: Any) -> None:
         state = engine.state
         seconds = time.time() - self._epoch_start
-        network = self.context.network
-        network = network.module if hasattr(network, "module") else network
+        network = unwrapped(self.context.network)
         scalars = {name: total / state.epoch_length for name, total in self._sums.items()}
         scalars |= network.sigmas()
         scalars["learning_rate"] = self.context.optimizer.param_groups[0]["lr"]
