@@ -34,7 +34,8 @@ class Case(TypedDict):
 class CaseAudit:
     """What was found in one labelled case.
 
-    counts: class name to voxels, empty where the label could not be read. problem: why the case cannot be used.
+    counts: class name to voxels, for the classes that the label was annotated for; empty where it could not be read.
+    problem: why the case cannot be used.
     """
 
     case: Case
@@ -131,10 +132,13 @@ def audit(task: Task, cases: Sequence[Mapping[str, Any]], voxels: bool = True) -
 def _audit_case(task: Task, given: Mapping[str, Any], voxels: bool) -> CaseAudit:
     label_path = str(given["label"]) if given.get("label") else None
     case = Case(id=str(given["id"]), image=str(given["image"]), label=label_path)
+    if given.get("annotated") is not None:
+        case["annotated"] = given["annotated"]
     if label_path is None:
         return CaseAudit(case, {}, "no label")
     counts: dict[str, int] = {}
     try:
+        annotated = task.annotated(case.get("annotated"))
         if voxels:
             image = read_volume(case["image"])
             check_image(image, task)
@@ -147,6 +151,7 @@ def _audit_case(task: Task, given: Mapping[str, Any], voxels: bool) -> CaseAudit
             counts = {n: int(encoded[i].count_nonzero()) for i, n in enumerate(task.classes)}
         else:
             counts = {n: int((encoded == i).sum()) for i, n in enumerate(task.classes, 1)}
+        counts = {n: count for (n, count), known in zip(counts.items(), annotated, strict=True) if known}
     except ValueError as error:
         return CaseAudit(case, counts, str(error))
     return CaseAudit(case, counts, None)

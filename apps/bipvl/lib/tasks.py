@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -325,6 +325,25 @@ class Task(_Model):
     def value_names(self) -> dict[int, str]:
         """Every value that a label file may hold, background aside, to the label's name."""
         return {v: name for name, label in self.labels.items() for v in (label.value, *label.file_values)}
+
+    def annotated(self, names: Sequence[str] | None) -> tuple[bool, ...]:
+        """Which classes a label that declares `names` was annotated for, in channel order; None declares all.
+
+        A region counts where it is named itself or all its labels are.
+
+        Raises:
+            TaskError: an unknown name, or no name at all.
+        """
+        if names is None:
+            return (True,) * len(self.classes)
+        valid = {*self.classes, *self.labels}
+        unknown = [n for n in names if n not in valid]
+        if unknown or not names:
+            found = f"unknown class {unknown[0]!r}" if unknown else "no class is named"
+            choices = dict.fromkeys((*self.classes, *self.labels))
+            raise TaskError(f"annotated: {found}; valid are {', '.join(choices)}")
+        parts = {name: region.labels for name, region in (self.regions or {}).items()}
+        return tuple(c in names or (c in parts and set(parts[c]) <= set(names)) for c in self.classes)
 
     def text_rows(self) -> list[list[str]]:
         """C lists of K sentences, in channel order, in the task's text format."""

@@ -31,18 +31,24 @@ class TrainingNetwork(nn.Module):
         self.task = task
         self.uncertainty = UncertaintyWeights(len(LOSSES))
 
-    def forward(self, image: Tensor, label: Tensor) -> dict[str, Tensor]:
+    def forward(self, image: Tensor, label: Tensor, annotated: Tensor | None = None) -> dict[str, Tensor]:
         """The weighted total under "loss", and its parts.
 
         Args:
             image: (B, channels, H, W, D).
             label: (B, 1, H, W, D) class indices, or (B, C, H, W, D) regions where classes overlap.
+            annotated: (B, C) boolean, the classes that each label was drawn for; None for all. The others are left out
+                of the segmentation loss and of the alignment. The class embedding follows the decoder, not the label.
         """
         task, recipe = self.task, self.task.training
         output = self.model(image)
         present = _present(label, len(task.classes), task.overlapping)
+        if annotated is not None:
+            present = present & annotated
+            # Marginal probabilities cost memory: the plain loss does where nothing is left out.
+            annotated = None if annotated.all() else annotated
 
-        segmentation = segmentation_loss(output.logits, label, task.overlapping)
+        segmentation = segmentation_loss(output.logits, label, task.overlapping, annotated)
         embedding = class_embedding_loss(output.class_map, output.logits, overlapping=task.overlapping)
 
         concepts, vision = output.concepts.float(), output.vision.float()
