@@ -12,6 +12,19 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "apps" / "bipvl"))
 
+FAULTS = pytest.StashKey[list[tuple[str, str]]]()  # what test_faults.py tried, and what was seen
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[FAULTS] = []
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.stash[FAULTS]:
+        terminalreporter.section("faults tried and survived")
+    for fault, seen in config.stash[FAULTS]:
+        terminalreporter.write_line(f"{fault:<52} {seen}")
+
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:

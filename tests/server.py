@@ -17,6 +17,7 @@ from monailabel.client import MONAILabelClient
 from conftest import ROOT
 
 START_SECONDS = 240
+ELSEWHERE = "203.0.113.7"
 
 
 class Server:
@@ -26,10 +27,19 @@ class Server:
         studies: folder of images.
         models: folder for the app's models, so that tests never touch those in the app.
         conf: what `--conf` passes on.
+        faketime: run with the clock moved by this much, e.g. "+1y" (the program faketime).
         environment: variables to set or, with None, to remove.
     """
 
-    def __init__(self, studies: Path, models: Path, conf: dict[str, str], **environment: str | None) -> None:
+    def __init__(
+        self,
+        studies: Path,
+        models: Path,
+        conf: dict[str, str],
+        *,
+        faketime: str | None = None,
+        **environment: str | None,
+    ) -> None:
         self.log = models.parent / f"server-{models.name}-{time.monotonic_ns()}.log"
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -40,6 +50,9 @@ class Server:
         command += ["--host", "127.0.0.1", "--port", str(self.port)]
         for key, value in {"model_dir": str(models), **conf}.items():
             command += ["--conf", key, value]
+        if faketime:
+            command = ["faketime", "-f", faketime, *command]
+            environment["FAKETIME_DONT_FAKE_MONOTONIC"] = "1"  # else waits with a timeout never end
         env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
         env |= {k: v for k, v in environment.items() if v is not None}
         self.command, self.env = command, {k: v for k, v in env.items() if environment.get(k, "") is not None}
@@ -54,8 +67,8 @@ class Server:
             if self.process.poll() is not None:
                 raise AssertionError(f"the server stopped with {self.process.returncode}:\n{self.tail()}")
             try:
-                requests.get(f"http://127.0.0.1:{self.port}/info/", timeout=5).raise_for_status()
-                return self
+                if requests.get(f"http://127.0.0.1:{self.port}/info/", timeout=5).status_code in (200, 401):
+                    return self
             except requests.RequestException:
                 time.sleep(0.5)
         self.__exit__()
@@ -68,6 +81,17 @@ class Server:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def call(
+        self, method: str, path: str, elsewhere: bool = False, headers: dict[str, str] | None = None, **more: Any
+    ) -> requests.Response:
+        """A request; `elsewhere`: as from another machine (uvicorn believes a proxy on this one)."""
+        origin = {"X-Forwarded-For": ELSEWHERE} if elsewhere else {}
+        return requests.request(method, self.url + path, headers={**origin, **(headers or {})}, timeout=120, **more)
 
     def tail(self, lines: int = 40) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])

@@ -1,6 +1,7 @@
 """The main job, as its users do it: a real server, MONAI Label's client, real volumes."""
 
 import json
+import shutil
 from pathlib import Path
 
 import nibabel as nib
@@ -157,9 +158,15 @@ def test_loop_on_anisotropic_cardiac_mr_and_refusals(real_data, tmp_path):
         assert status["status"] == "ERROR"
         assert "no image has a final label yet" in "\n".join(status["details"])
 
-        # A label on another patient's grid is set aside by name; the good case still trains.
-        server.client.save_label("patient001", str(folder / "patient001_frame01_gt.nii.gz"), "final", {})
-        server.client.save_label("patient002", str(folder / "patient001_frame01_gt.nii.gz"), "final", {})
+        # A label on another patient's grid is refused and kept aside. One put there by hand is left out by name, and
+        # the good case still trains.
+        label = folder / "patient001_frame01_gt.nii.gz"
+        server.client.save_label("patient001", str(label), "final", {})
+        with pytest.raises(MONAILabelClientException) as error:
+            server.client.save_label("patient002", str(label), "final", {})
+        assert "not on the grid of its image" in error.value.msg
+        assert [p.read_bytes() for p in studies.glob("labels/rejected/patient002/*.nii.gz")] == [label.read_bytes()]
+        shutil.copy(label, studies / "labels" / "final" / "patient002.nii.gz")
         status = server.train("acdc-mr", 600, max_epochs=12, learning_rate=1e-2, tracking="None")
         assert status["status"] == "DONE", "\n".join(status["details"])
         assert "patient002: " in server.log.read_text()

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import nibabel as nib
 import numpy as np
@@ -9,12 +11,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from conftest import ROOT
 from lib import versions
+from lib.cases import audit
 from lib.cli import app
 from lib.phantom import write_studies
 from lib.tasks import load_task
-from lib.trainers import BiPVLTrain
+from lib.trainers import BiPVLTrain, rounds
 from lib.trainers import bipvl as trainer_module
+from lib.trainers.rounds import Round
 from lib.versions import CheckpointError, Versions
 
 SMALL = {
@@ -45,6 +50,11 @@ def run(*arguments):
 class Cases(list):
     def datalist(self):
         return list(self)
+
+
+def phantom_cases(studies, count):
+    names = [f"phantom_{i:03}.nii.gz" for i in range(count)]
+    return Cases({"image": str(studies / n), "label": str(studies / "labels" / "final" / n)} for n in names)
 
 
 def small_trainer(folder, **changes):
@@ -111,8 +121,7 @@ def test_learning_rate_is_one_half_cosine(studies, tmp_path, monkeypatch):
 
     monkeypatch.setattr(BiPVLTrain, "_train_step", recording)
     trainer = small_trainer(tmp_path)
-    names = [f"phantom_00{i}.nii.gz" for i in range(3)]
-    cases = Cases({"image": str(studies / n), "label": str(studies / "labels" / "final" / n)} for n in names)
+    cases = phantom_cases(studies, 3)
     trainer({"max_epochs": 4, "learning_rate": 1e-3, "val_split": 0, "tracking": "None", "device": "cpu"}, cases)
     least = trainer.task.training.min_learning_rate
     expected = [least + (1e-3 - least) * (1 + math.cos(math.pi * i / 12)) / 2 for i in range(12)]
@@ -123,7 +132,7 @@ def test_sigmas_are_trained_without_weight_decay_and_bounded(tmp_path):
     """Defect 8: own group, no decay; a loss that vanishes cannot send its weight to infinity."""
     trainer = small_trainer(tmp_path)
     context = trainer_module.Context()
-    context.request = {"seed": 0, "learning_rate": 1e-3}
+    context.request = {"seed": 0, "learning_rate": 1e-3, "round": Round({}, [], [])}
     context.network = trainer.network(context)
     groups = trainer.optimizer(context).param_groups
     recipe = trainer.task.training
@@ -192,3 +201,180 @@ def test_a_served_checkpoint_of_another_task_is_refused(studies, tmp_path):
     with pytest.raises(CheckpointError, match="a checkpoint of another task: task 'acdc-mr'"):
         trainer({"tracking": "None", "device": "cpu"}, cases)
     assert trainer.versions.served == 1, "the served version stays"
+
+
+LEAVE_ONE_OUT = {"val_split": 0, "cross_validate": True, "tracking": "None", "device": "cpu"}
+
+
+def test_few_cases_are_cross_validated_and_judged_by_it(studies, tmp_path, caplog, monkeypatch):
+    """Three cases: each is left out once, then all train. The next round compares held-out scores, case by case."""
+    audits = []
+    monkeypatch.setattr(trainer_module, "audit", lambda *a: audits.append(1) or audit(*a))
+    trainer, cases = small_trainer(tmp_path), phantom_cases(studies, 3)
+    with caplog.at_level("INFO"):
+        trainer({**LEAVE_ONE_OUT, "max_epochs": 4, "gate_unjudged": "keep"}, cases)
+    assert "Fold 2/3: 2 epochs without phantom_001, from fresh weights" in caplog.text
+    assert "Fold 3/3, Epoch 2/2" in caplog.text
+    assert audits == [1], "audited once, not for each fold"
+    first = trainer.versions.manifest(1)
+    folds = first["metrics"]["cross_validation"]
+    assert set(folds["scores"]) == {"phantom_000", "phantom_001", "phantom_002"} == set(first["trained_on"])
+    assert (folds["method"], folds["epochs"]) == ("leave-one-out", 2)
+    assert all(set(dice) == set(trainer.task.classes) for dice in folds["scores"].values())
+    assert trainer.versions.served == 1
+
+    trainer({**LEAVE_ONE_OUT, "max_epochs": 4, "gate_margin": 1}, cases)
+    gate = trainer.versions.manifest(2)["gate"]
+    assert (gate["judged"], gate["method"], gate["against"]) == (True, "cross-validation", 1)
+    assert gate["cases"] == sorted(folds["scores"])
+    served = [sum(dice["liver"] for dice in folds["scores"].values()) / 3, gate["table"][0]["served"]]
+    assert served[0] == pytest.approx(served[1], abs=1e-4)
+
+    # With other epochs the folds cannot be compared, and every case is known to the served version.
+    trainer({**LEAVE_ONE_OUT, "max_epochs": 3, "gate_unjudged": "keep"}, cases)
+    third = trainer.versions.manifest(3)
+    assert (third["gate"]["judged"], third["status"]) == (False, "kept")
+    assert "cannot judge: 0 case(s)" in third["gate"]["reason"]
+
+
+def test_a_new_case_judges_a_version_that_never_saw_it(studies, tmp_path):
+    """The fold that leaves the new case out starts from the served version; both are scored on that case."""
+    trainer = small_trainer(tmp_path)
+    trainer({**LEAVE_ONE_OUT, "max_epochs": 1}, phantom_cases(studies, 1))
+    trainer({**LEAVE_ONE_OUT, "max_epochs": 2}, phantom_cases(studies, 2))
+    gate = trainer.versions.manifest(2)["gate"]
+    assert gate["judged"]
+    assert gate["cases"] == ["phantom_001"]
+    assert trainer.versions.manifest(2)["seen"] == ["phantom_000", "phantom_001"]
+
+
+STOPPED = """
+import sys, time
+sys.path[:0] = {paths!r}
+from pathlib import Path
+from test_training import RESUMED, phantom_cases, small_trainer
+from lib.trainers import rounds
+save = rounds.save_progress
+def stopping(context, state):
+    save(context, state)
+    if state["epoch"] == 2:
+        print("epoch 2 is saved", flush=True)
+        time.sleep(600)
+rounds.save_progress = stopping
+small_trainer(Path({folder!r}))(RESUMED, phantom_cases(Path({studies!r}), 2))
+"""
+RESUMED = {"max_epochs": 4, "val_interval": 1, "val_split": 0, "tracking": "None", "device": "cpu"}
+
+
+def test_a_killed_round_is_resumed_and_ends_as_if_it_had_run_through(studies, tmp_path, monkeypatch):
+    """A real process, killed after its second epoch. While it lives, no other round of the task may begin."""
+    rates = []
+    step = BiPVLTrain._train_step
+
+    def recording(self, engine, batch):
+        rates.append((engine.state.epoch, engine.optimizer.param_groups[0]["lr"]))
+        return step(self, engine, batch)
+
+    monkeypatch.setattr(BiPVLTrain, "_train_step", recording)
+    cases = phantom_cases(studies, 2)
+    whole = small_trainer(tmp_path / "whole")
+    whole({**RESUMED, "resume": True}, cases)  # nothing to resume is no error
+    complete, rates[:] = list(rates), []
+    assert not (whole.folder / "train" / "last.pt").exists(), "a finished round removes it"
+
+    killed = small_trainer(tmp_path / "killed")
+    script = STOPPED.format(
+        paths=[str(ROOT / "apps" / "bipvl"), str(ROOT / "tests")], folder=str(tmp_path / "killed"), studies=str(studies)
+    )
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=log, text=True)
+    assert process.stdout.readline() == "epoch 2 is saved\n", (tmp_path / "log").read_text()
+    with pytest.raises(ValueError, match=rf"already running \(process {process.pid}, since 20"):
+        killed(RESUMED, cases)
+    process.kill()
+    process.wait()
+    assert killed.versions.served is None
+
+    with pytest.raises(ValueError, match="seed was 0, now 1.*start over with resume false"):
+        killed({**RESUMED, "resume": True, "seed": 1}, cases)
+    with pytest.raises(ValueError, match="other training cases"):
+        killed({**RESUMED, "resume": True}, phantom_cases(studies, 3))
+    # The split has learned of the third case; the round of two cases goes on all the same.
+    killed({**RESUMED, "resume": True}, cases)
+    assert rates == complete[4:], "from the third epoch, at the same learning rates"
+    assert rates[0][0] == 3
+    ours, theirs = (versions.load(t.versions.path(1)) for t in (killed, whole))
+    assert ours["manifest"]["epoch"] == theirs["manifest"]["epoch"] == 4
+    assert len(killed.stats()["loss_history"]) == 4
+    assert all(torch.equal(ours["model"][k], theirs["model"][k]) for k in theirs["model"]), "the same weights"
+    assert not (killed.folder / "train" / "last.pt").exists()
+
+
+def test_resume_after_a_stop_between_and_within_folds(studies, tmp_path, monkeypatch):
+    """Stopped in the second fold: the first is not trained again."""
+
+    class Stopped(Exception):
+        pass
+
+    save = rounds.save_progress
+
+    def stopping(context, state):
+        save(context, state)
+        if str(context.request["round"].fold) == "Fold 2/3":
+            raise Stopped
+
+    trainer, cases = small_trainer(tmp_path), phantom_cases(studies, 3)
+    request = {**LEAVE_ONE_OUT, "max_epochs": 6, "val_interval": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(rounds, "save_progress", stopping)
+        with pytest.raises(Stopped):
+            trainer(request, cases)
+    epochs = []
+    step = BiPVLTrain._train_step
+
+    def recording(self, engine, batch):
+        epochs.append(engine.state.epoch)
+        return step(self, engine, batch)
+
+    monkeypatch.setattr(BiPVLTrain, "_train_step", recording)
+    trainer({**request, "resume": True}, cases)
+    # Two cases a fold, one step each: the rest of fold 2, fold 3, then six epochs on three cases.
+    assert epochs == [2, 2, 1, 1, 2, 2, *(e for e in range(1, 7) for _ in range(3))]
+    assert len(trainer.versions.manifest(1)["metrics"]["cross_validation"]["scores"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"gate_unjudged": "perhaps"}, "gate_unjudged: 'perhaps'; valid are keep, publish"),
+        ({"gate_margin": "wide"}, "gate_margin: expected a number"),
+        ({"resume": "maybe"}, "resume: expected true or false"),
+        ({"name": "../elsewhere"}, "name: '../elsewhere'; valid are"),
+    ],
+)
+def test_options_of_the_gate_are_checked(tmp_path, request_, message):
+    with pytest.raises(ValueError, match=message):
+        small_trainer(tmp_path)(request_, Cases())
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_partial_label_trains_and_is_scored_for_its_classes_only(studies, tmp_path):
+    cases = phantom_cases(studies, 2)
+    for case in cases:
+        case["annotated"] = ["liver", "spleen"]
+    trainer = small_trainer(tmp_path)
+    trainer({**LEAVE_ONE_OUT, "max_epochs": 2}, cases)
+    scores = trainer.versions.manifest(1)["metrics"]["cross_validation"]["scores"]
+    assert [set(dice) for dice in scores.values()] == [{"liver", "spleen"}] * 2
+
+
+def test_versions_are_listed_shown_and_served_from_the_command_line(studies, tmp_path):
+    task = load_task("quickstart", SMALL)
+    store = Versions(tmp_path / task.name)
+    for _ in range(2):
+        store.publish(versions.checkpoint_of(trainer_module.build_model(task), task, {"trained_on": ["a"]}))
+    common = ["--task", "quickstart", "--model-dir", tmp_path]
+    assert "served" in run("versions", "list", *common)
+    assert json.loads(run("versions", "show", "1", *common))["trained_on"] == ["a"]
+    assert "Version 1 is served" in run("versions", "serve", "1", *common)
+    assert store.served == 1

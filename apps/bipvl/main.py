@@ -13,17 +13,29 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import HTTPException
+from monailabel.config import settings
+from monailabel.interfaces import app as stock
 from monailabel.interfaces.app import MONAILabelApp
+from monailabel.interfaces.datastore import Datastore
 from monailabel.tasks.activelearning.first import First
 from monailabel.tasks.activelearning.random import Random
 
+from lib.datastores import FINAL, LocalStore
+from lib.dicomstore import DicomStore
 from lib.infers import BiPVLInfer
-from lib.tasks import Task, load_task
+from lib.leases import DEFAULT_MINUTES, Leases, Offer
+from lib.tasks import Task, TaskError, load_task
 from lib.trainers import BiPVLTrain
+from lib.web.install import install
+from lib.web.options import CONF_KEYS
+from lib.web.sessions import Sessions
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_TASK = "quickstart"
+TASK_KEYS = ("patch", "spacing", "overlap")
+APP_KEYS = ("models", "config", "model_dir", "lease_minutes", "server_mode")
+stock.DICOMWebDatastore = DicomStore  # type: ignore[misc]  # MONAI Label's app connects to the archive and builds it
 
 
 class BiPVLApp(MONAILabelApp):
@@ -31,14 +43,17 @@ class BiPVLApp(MONAILabelApp):
 
     `--conf models <task>[,<task>…]` selects shipped tasks, `--conf config <file>` serves a user's own, and a dotted
     `--conf model.feature_size 12` changes one value of every selected task. Without either, `quickstart` is served.
+    `--conf lease_minutes 60` is how long a case that one annotator was offered is not offered to others; 0: not at all.
 
     Raises:
         lib.tasks.TaskError: at start-up, for an unknown task or a file that cannot be used.
     """
 
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
+        _check_keys(conf)
         self.tasks = _select(conf)
         self.model_dir = Path(conf.get("model_dir") or Path(app_dir) / "model")
+        self.leases = Leases(self.model_dir / "leases.json", conf.get("lease_minutes", DEFAULT_MINUTES))
         logger.info("Tasks: %s", ", ".join(f"{t.name} ({len(t.classes)} classes)" for t in self.tasks.values()))
         super().__init__(
             app_dir=app_dir,
@@ -49,6 +64,20 @@ class BiPVLApp(MONAILabelApp):
             version="0.1.0",
         )
 
+    def init_datastore(self) -> Datastore:
+        if self.studies.startswith(("http://", "https://")):
+            return super().init_datastore()
+        return LocalStore(self.studies, read_only=settings.MONAI_LABEL_DATASTORE_READ_ONLY)
+
+    def on_init_complete(self) -> None:
+        """Called by MONAI Label's server only, before it accepts connections."""
+        install(self)
+        super().on_init_complete()
+
+    def _load_sessions(self, load: bool = False) -> Sessions | None:
+        folder = settings.MONAI_LABEL_SESSION_PATH.strip() or Path.home() / ".cache" / "monailabel" / "sessions"
+        return Sessions(Path(folder), settings.MONAI_LABEL_SESSION_EXPIRY) if load else None
+
     def init_infers(self) -> dict[str, BiPVLInfer]:
         return {name: BiPVLInfer(task, self.model_dir / name) for name, task in self.tasks.items()}
 
@@ -58,23 +87,62 @@ class BiPVLApp(MONAILabelApp):
     def init_strategies(self) -> dict[str, Any]:
         return {"random": Random(), "first": First()}
 
+    def next_sample(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The case to annotate next, leased to the one who asks (`who` or `client_id`); empty where none is free."""
+        strategy = request.get("strategy") or "random"
+        if strategy not in self._strategies:
+            raise HTTPException(404, f"unknown strategy {strategy!r}; valid are {', '.join(self._strategies)}")
+        person = str(request.get("who") or request.get("client_id") or "")
+        with self.leases.lock:
+            offer = Offer(self.datastore(), self.leases.taken(person))
+            found = self._strategies[strategy]({**request, "strategy": strategy}, offer)
+            if not found or not found.get("id"):
+                return {}
+            self.leases.lease(found["id"], person)
+        if self._scoring_methods and settings.MONAI_LABEL_AUTO_UPDATE_SCORING:
+            self.async_scoring(None)
+        return {**found, "path": self.datastore().get_image_uri(found["id"])}
+
+    def on_save_label(self, image_id: str, label_id: str) -> None:
+        """A final label ends the lease of its case."""
+        if self.datastore().get_label_by_image_id(image_id, FINAL):
+            self.leases.release(image_id)
+
     def infer(self, request: dict[str, Any], datastore: Any = None) -> dict[str, Any]:
-        """As MONAI Label's, but what a user got wrong is an answer that says so (404 or 400), not a bare 500."""
-        model, image = request.get("model"), request.get("image")
+        """Segment an image of the datastore, never another file. What a user got wrong is an answer that says so."""
+        store, image = datastore or self.datastore(), request.get("image")
+        if not isinstance(image, str) or image not in store.list_images():
+            raise HTTPException(404, f"unknown image {image!r}; the datastore has {len(store.list_images())} images")
+        result = self.infer_file(request, Path(store.get_image_uri(image)))
+        if request.get("save_label"):
+            info = {"model": request["model"], "params": result["params"]}
+            store.save_label(image, result["file"], request.get("label_tag") or "original", info)
+        return result
+
+    def infer_file(self, request: dict[str, Any], path: Path) -> dict[str, Any]:
+        """Segment a file or a DICOM folder that is not in the datastore. The caller removes the result's `file`."""
+        model = request.get("model")
         if model not in self._infers:
             raise HTTPException(404, f"unknown model {model!r}; valid are {', '.join(self._infers)}")
-        store = datastore or self.datastore()
-        if isinstance(image, str) and not Path(image).exists() and image not in store.list_images():
-            raise HTTPException(404, f"unknown image {image!r}; the datastore has {len(store.list_images())} images")
         try:
-            return super().infer(request, datastore)
+            file, params = self._infers[model]({**request, "image": str(path)})
         except ValueError as error:
             logger.exception("Inference refused")
             raise HTTPException(400, str(error)) from error
+        return {"label": file, "file": file, "tag": "original", "params": params}
+
+
+def _check_keys(conf: dict[str, str]) -> None:
+    valid = (*APP_KEYS, *TASK_KEYS, *CONF_KEYS)
+    for key in conf:
+        if "." not in key and key not in valid:
+            raise TaskError(
+                f"--conf {key}: unknown key; valid are {', '.join(valid)}, and dotted ones of the task file"
+            )
 
 
 def _select(conf: dict[str, str]) -> dict[str, Task]:
-    overrides = {key: value for key, value in conf.items() if "." in key or key in ("patch", "spacing", "overlap")}
+    overrides = {key: value for key, value in conf.items() if "." in key or key in TASK_KEYS}
     names: list[str] = [n.strip() for n in conf.get("models", "").split(",") if n.strip()]
     if conf.get("config"):
         names.append(conf["config"])

@@ -1,12 +1,14 @@
 """Cases: which images and labels there are, and which of them can be used.
 
 A case is a dictionary with `id`, `image` and `label`, the last two absolute paths, `label` None where there is none.
+A label that was drawn for some classes only says so: `annotated` names them.
 """
 
 from __future__ import annotations
 
 import json
-from collections import Counter
+import os
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any, TypedDict
 from rich.console import Console
 from rich.table import Table
 
+from lib.infos import Infos
 from lib.tasks import Task
 from lib.volumes import align_label, check_grid, check_image, encode, read_header, read_volume
 
@@ -22,7 +25,11 @@ SUFFIXES = (".nii.gz", ".nii", ".seg.nrrd", ".nrrd", ".mha", ".mhd")
 LABELS_FOLDER = Path("labels") / "final"
 
 
-class Case(TypedDict):
+class _Declared(TypedDict, total=False):
+    annotated: list[str]
+
+
+class Case(_Declared):
     """One image, labelled or not."""
 
     id: str
@@ -95,7 +102,7 @@ class Audit:
 
 def image_id(path: str | Path) -> str:
     """The id of a case: the name of its image without the extension."""
-    name = Path(path).name
+    name = os.path.basename(path)
     suffix = next((s for s in SUFFIXES if name.lower().endswith(s)), "")
     return name[: len(name) - len(suffix)]
 
@@ -105,8 +112,8 @@ def read_datalist(source: str | Path) -> list[Case]:
 
     Args:
         source: a folder with images, their labels under the same name in `labels/final`; or a JSON file: a list of
-            objects with `image` and optionally `label` and `id`, or an object with such a list under `training`
-            (Medical Segmentation Decathlon). Paths are relative to the JSON file.
+            objects with `image` and optionally `label`, `id` and `annotated`, or an object with such a list under
+            `training` (Medical Segmentation Decathlon). Paths are relative to the JSON file.
 
     Raises:
         ValueError: naming the file and what is wrong.
@@ -157,19 +164,56 @@ def _audit_case(task: Task, given: Mapping[str, Any], voxels: bool) -> CaseAudit
     return CaseAudit(case, counts, None)
 
 
+def volumes(folder: Path) -> dict[str, list[Path]]:
+    """Image files by id, without hidden ones (archives made on macOS carry a `._` twin of every file).
+
+    Empty where the folder does not exist. An id with several files is for the caller to judge.
+    """
+    found = defaultdict(list)
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith(".") and entry.is_file():
+                    found[image_id(entry.name)].append(folder / entry.name)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    return {case: sorted(paths) for case, paths in sorted(found.items())}
+
+
+def newest(paths: Sequence[Path]) -> Path:
+    """The label that counts where one image has several, as after a save that was cut off."""
+    return max(paths, key=lambda path: (path.stat().st_mtime_ns if path.exists() else 0, path.name))
+
+
+def declared(names: Any) -> list[str]:
+    """The classes that a label says it was annotated for.
+
+    Raises:
+        ValueError: not a list of names, or an empty one.
+    """
+    if not isinstance(names, list) or not names or not all(isinstance(n, str) and n.strip() for n in names):
+        raise ValueError(f"annotated: expected a list of class names, found {names!r}")
+    return names
+
+
+def make_case(case: str, image: Path, label: Path | None, annotated: Any = None) -> Case:
+    """A case; `annotated` is what the label's file or list declares, None for all classes."""
+    made = Case(id=case, image=str(image), label=str(label) if label else None)
+    if annotated is not None and label:
+        # Taken as it stands: left out, a partial label would count as complete; the audit names what is wrong with it.
+        made["annotated"] = annotated if isinstance(annotated, list) else [str(annotated)]
+    return made
+
+
 def _from_folder(folder: Path) -> list[Case]:
-    labels = {image_id(p): p for p in _volumes(folder / LABELS_FOLDER)}
-    return [
-        Case(id=image_id(p), image=str(p), label=str(labels[image_id(p)]) if image_id(p) in labels else None)
-        for p in _volumes(folder)
-    ]
-
-
-def _volumes(folder: Path) -> list[Path]:
-    """Image files, without hidden ones (archives made on macOS carry a `._` twin of every file)."""
-    if not folder.is_dir():
-        return []
-    return [p for p in folder.iterdir() if p.name.lower().endswith(SUFFIXES) and not p.name.startswith(".")]
+    labels = {case: newest(paths) for case, paths in volumes(folder / LABELS_FOLDER).items()}
+    infos = Infos(folder).read()
+    cases = []
+    for case, images in volumes(folder).items():
+        label = labels.get(case)
+        annotated = infos.label(case, LABELS_FOLDER.name, label).info.get("annotated") if label else None
+        cases += [make_case(case, image, label, annotated) for image in images]
+    return cases
 
 
 def _from_json(path: Path) -> list[Case]:
@@ -187,14 +231,15 @@ def _from_json(path: Path) -> list[Case]:
         label = entry.get("label")
         if label is not None and not isinstance(label, str):
             raise ValueError(f"{path}: entry {number}: 'label' must be a path, found {label!r}")
+        annotated = entry.get("annotated")
+        if annotated is not None:
+            try:
+                declared(annotated)
+            except ValueError as error:
+                raise ValueError(f"{path}: entry {number}: {error}") from None
         image = path.parent / entry["image"]
-        cases.append(
-            Case(
-                id=str(entry.get("id") or image_id(image)),
-                image=str(image),
-                label=str(path.parent / label) if label else None,
-            )
-        )
+        name = str(entry.get("id") or image_id(image))
+        cases.append(make_case(name, image, path.parent / label if label else None, annotated))
     return cases
 
 

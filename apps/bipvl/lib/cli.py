@@ -23,8 +23,11 @@ from lib.phantom import write_studies
 from lib.picture import picture as draw_picture
 from lib.tasks import CONCEPTS_DIR, TASKS_DIR, Task, list_tasks, load_task
 from lib.trainers import BiPVLTrain
+from lib.versions import Versions
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+versions_app = typer.Typer(help="List published versions, look at one, serve another.", no_args_is_help=True)
+app.add_typer(versions_app, name="versions")
 console = Console()
 DEFAULT_MODELS = Path(__file__).resolve().parents[1] / "model"
 
@@ -46,10 +49,15 @@ def train(
     seed: int = 0,
     pretrained: Annotated[bool, typer.Option(help="start from the served version")] = True,
     tracking: Annotated[str, typer.Option(help="mlflow or None")] = "mlflow",
+    gate_margin: Annotated[float | None, typer.Option(help="how much Dice one class may lose")] = None,
+    gate_min_cases: Annotated[int | None, typer.Option(help="with fewer cases the model cannot be judged")] = None,
+    gate_unjudged: Annotated[str | None, typer.Option(help="what cannot be judged: keep or publish")] = None,
+    cross_validate: Annotated[bool | None, typer.Option(help="with fewer than five cases; default: the task's")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the round that was stopped")] = False,
     device: DeviceOption = None,
     set_: SetOption = None,
 ) -> None:
-    """Run a training round and publish the best model as the next version."""
+    """Run a training round and publish the best model as the next version, if the gate lets it pass."""
     chosen = _task(task, set_)
     trainer = BiPVLTrain(chosen, model_dir / chosen.name)
     request: dict[str, Any] = {
@@ -59,9 +67,17 @@ def train(
         "pretrained": pretrained,
         "tracking": tracking,
         "progress": True,
+        "resume": resume,
     }
-    request |= {k: v for k, v in {"max_epochs": epochs, "device": device}.items() if v is not None}
-    trainer(request, _Cases(data))
+    optional = {
+        "max_epochs": epochs,
+        "device": device,
+        "gate_margin": gate_margin,
+        "gate_min_cases": gate_min_cases,
+        "gate_unjudged": gate_unjudged,
+        "cross_validate": cross_validate,
+    }
+    trainer(request | {k: v for k, v in optional.items() if v is not None}, _Cases(data))
     console.print(f"Version {trainer.versions.served} of {chosen.name} is served from {trainer.versions.folder}")
 
 
@@ -145,6 +161,53 @@ def concepts(
         raise typer.Exit(1)
 
 
+@versions_app.command("list")
+def list_versions(task: TaskOption, model_dir: ModelDirOption = DEFAULT_MODELS, set_: SetOption = None) -> None:
+    """List the versions of a task."""
+    store = _versions(task, model_dir, set_)
+    table = Table("version", "time", "parent", "cases", "mean Dice", "status", "gate")
+    for m in store.manifests():
+        metrics = m.get("metrics") or {}
+        dice = metrics.get("mean_dice")
+        status = "served" if m["served"] else m.get("damaged") or m.get("status") or "-"
+        table.add_row(
+            *(
+                str(m["version"]),
+                str(m.get("time", "-")),
+                str(m.get("parent") or "-"),
+                str(len(m.get("trained_on", []))),
+            ),
+            *("-" if dice is None else f"{dice:.3f}", status, str((m.get("gate") or {}).get("reason", "-"))),
+        )
+    console.print(table)
+
+
+@versions_app.command()
+def show(
+    version: Annotated[str, typer.Argument(help="number, or served")],
+    task: TaskOption,
+    model_dir: ModelDirOption = DEFAULT_MODELS,
+    set_: SetOption = None,
+) -> None:
+    """Print the manifest of a version as JSON."""
+    store = _versions(task, model_dir, set_)
+    console.print_json(data=store.manifest(_number(store, version)))
+
+
+@versions_app.command()
+def serve(
+    version: Annotated[str, typer.Argument(help="number of the version to serve")],
+    task: TaskOption,
+    model_dir: ModelDirOption = DEFAULT_MODELS,
+    set_: SetOption = None,
+) -> None:
+    """Serve another version, older or newer; a running server uses it from the next request on."""
+    store = _versions(task, model_dir, set_)
+    number = _number(store, version)
+    store.serve(number, why="command line")
+    console.print(f"Version {number} is served from {store.folder}")
+
+
 @app.command()
 def tasks() -> None:
     """List the shipped tasks."""
@@ -191,6 +254,17 @@ class _Cases:
 
     def datalist(self) -> list[Case]:
         return [case for case in read_datalist(self.source) if case["label"]]
+
+
+def _versions(task: str, model_dir: Path, changes: list[str] | None) -> Versions:
+    return Versions(model_dir / _task(task, changes).name)
+
+
+def _number(store: Versions, wanted: str) -> int:
+    number = store.resolve(wanted)
+    if number is None:
+        raise ValueError(f"{store.folder}: no version is published yet")
+    return number
 
 
 def _check(task: Task) -> list[Problem]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from lib.versions import write_json
+from lib.files import write_json
 
 
 def split_cases(ids: list[str], share: float, path: Path) -> tuple[list[str], list[str]]:

@@ -143,6 +143,10 @@ class Training(_Model):
     text_noise: Annotated[float, Field(ge=0)] = 0.01
     global_weight: Annotated[float, Field(ge=0)] = 1.0
     local_weight: Annotated[float, Field(ge=0)] = 1.0
+    gate_margin: Annotated[float, Field(ge=0, le=1)] = 0.02  # how much Dice one class may lose in a round
+    gate_min_cases: Annotated[int, Field(ge=1)] = 1
+    gate_unjudged: Literal["keep", "publish"] = "keep"  # a version that cannot be compared with the served one
+    cross_validate: bool = True  # while there are too few cases to set one aside
 
 
 class Augmentation(_Model):

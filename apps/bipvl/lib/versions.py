@@ -1,7 +1,9 @@
 """Published model versions: one self-contained checkpoint a version, and a pointer to the one that is served.
 
-    model/<task>/v0001.pt, v0002.pt, …    checkpoints
+    model/<task>/v0001.pt, v0002.pt, …    checkpoints, never rewritten
+    model/<task>/v0001.json, …            their manifests with the checkpoint's sha256, so that listing reads no tensors
     model/<task>/served.json              {"version": 2}
+    model/<task>/history.jsonl            a line each time another version is served: time, from, to, why
 
 Every file is written beside its place, synced and renamed, so that a kill at any instant leaves whole files and a
 served model. A checkpoint carries the task, its sentences, the tokenizer and BERT's configuration: a server restarts
@@ -10,127 +12,54 @@ from it without the task's files and without a hub.
 
 from __future__ import annotations
 
+import datetime
 import json
-import os
-import pickle
+import logging
 import re
-import tempfile
-import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
+from filelock import FileLock
 
-from lib.nets import BiPVLSeg, TextAssets, build_model
-from lib.tasks import Task, task_from_dict
+from lib.checkpoints import (
+    CheckpointError,
+    DamagedCheckpoint,
+    brief,
+    check_same_task,
+    checkpoint_of,
+    load,
+    restore_model,
+    save,
+    text_assets,
+)
+from lib.files import clear_unfinished, sha256, write_json
+from lib.tasks import Task
 
-FORMAT = 1
+__all__ = [
+    "CheckpointError",
+    "DamagedCheckpoint",
+    "Versions",
+    "check_same_task",
+    "checkpoint_of",
+    "load",
+    "restore_model",
+    "save",
+    "text_assets",
+    "write_json",
+]
 
+logger = logging.getLogger(__name__)
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names the file and the reason."""
-
-
-def checkpoint_of(model: BiPVLSeg, task: Task, manifest: dict[str, Any], **extra: Any) -> dict[str, Any]:
-    """Everything needed to run the model anywhere, as plain data and tensors."""
-    assets = model.text.assets
-    return {
-        "format": FORMAT,
-        "task": task.to_dict(),
-        "text": {"config": assets.config, "tokenizer": assets.tokenizer},
-        "model": model.state_dict(),
-        "manifest": manifest,
-        **extra,
-    }
-
-
-def save(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint atomically."""
-    _atomic(path, lambda file: torch.save(checkpoint, file))
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON atomically."""
-    _atomic(path, lambda file: file.write(json.dumps(data, indent=2).encode()))
-
-
-def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU; only tensors and plain data are unpickled.
-
-    Raises:
-        CheckpointError: missing, damaged, or not a checkpoint of this app.
-    """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such checkpoint") from None
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{path}: damaged, or no checkpoint: {_brief(error)}") from error
-    missing = {"format", "task", "text", "model", "manifest"} - (
-        checkpoint.keys() if isinstance(checkpoint, dict) else set()
-    )
-    if missing:
-        raise CheckpointError(f"{path}: not a checkpoint of this app, it lacks {', '.join(sorted(missing))}")
-    if checkpoint["format"] != FORMAT:
-        raise CheckpointError(f"{path}: checkpoint format {checkpoint['format']}; this app reads format {FORMAT}")
-    return checkpoint
-
-
-def restore_model(checkpoint: dict[str, Any], path: Path | str = "checkpoint") -> tuple[BiPVLSeg, Task]:
-    """Rebuild the network and the task that a checkpoint holds.
-
-    Raises:
-        CheckpointError: weights that do not fit the network of its own task.
-    """
-    task = task_from_dict(checkpoint["task"], str(path))
-    model = build_model(task, text_assets(checkpoint))
-    try:
-        model.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
-        raise CheckpointError(f"{path}: the weights do not fit: {_brief(error)}") from error
-    return model, task
-
-
-def text_assets(checkpoint: dict[str, Any]) -> TextAssets:
-    return TextAssets(checkpoint["text"]["config"], checkpoint["text"]["tokenizer"])
-
-
-def check_same_task(checkpoint: dict[str, Any], task: Task, path: Path | str = "checkpoint") -> None:
-    """Refuse a checkpoint whose weights or values mean something else than the task's.
-
-    Sentences and training settings may differ: weights stay meaningful, and the next round trains with the new ones.
-
-    Raises:
-        CheckpointError: naming each difference.
-    """
-    theirs = task_from_dict(checkpoint["task"], str(path))
-    differences = [
-        f"{what} {a!r}, the server's task has {b!r}"
-        for what, a, b in (
-            ("task", theirs.name, task.name),
-            ("classes", theirs.classes, task.classes),
-            ("label values", theirs.label_values, task.label_values),
-            ("channels", theirs.channels, task.channels),
-            ("vision backbone", theirs.model.vision, task.model.vision),
-            ("Swin heads", theirs.model.swin_heads, task.model.swin_heads),
-            ("feature size", theirs.model.feature_size, task.model.feature_size),
-            ("fusion", theirs.model.fusion, task.model.fusion),
-            ("projection", theirs.model.projection, task.model.projection),
-            ("text encoder", theirs.model.text, task.model.text),
-        )
-        if a != b
-    ]
-    if differences:
-        raise CheckpointError(f"{path}: a checkpoint of another task: {'; '.join(differences)}")
+PUBLISHED, KEPT = "served at publish", "kept"  # a manifest's status
+LOCK_SECONDS = 300  # to write the largest checkpoint to a slow disk
 
 
 class Versions:
-    """The versions of one task in one folder.
+    """The versions of one task in one folder. Safe to use from several threads and processes at once.
 
     Args:
         folder: created when the first version is published.
-        keep: how many versions stay; the oldest go first, the served one never.
+        keep: how many versions stay; the oldest go first, the served one and its parent never.
     """
 
     def __init__(self, folder: Path, keep: int = 5) -> None:
@@ -138,11 +67,8 @@ class Versions:
         self.keep = keep
 
     def numbers(self) -> list[int]:
-        """Published versions, oldest first."""
-        if not self.folder.is_dir():
-            return []
-        found = (re.fullmatch(r"v(\d{4,})\.pt", p.name) for p in self.folder.iterdir())
-        return sorted(int(m[1]) for m in found if m)
+        """Versions there are, oldest first, served or not."""
+        return self._numbers("pt")
 
     def path(self, version: int) -> Path:
         return self.folder / f"v{version:04d}.pt"
@@ -152,9 +78,9 @@ class Versions:
         """The version that is served, None before the first is published."""
         try:
             version = int(json.loads((self.folder / "served.json").read_text())["version"])
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{self.folder / 'served.json'}: not readable: {error}") from error
         return version
 
@@ -172,46 +98,209 @@ class Versions:
         valid = ", ".join(str(n) for n in self.numbers()) or "none yet"
         raise CheckpointError(f"model version {wanted!r}: valid are 'served' and {valid}")
 
-    def serve(self, version: int) -> None:
-        """Make a published version the served one."""
-        if version not in self.numbers():
-            raise CheckpointError(
-                f"model version {version}: valid are {', '.join(map(str, self.numbers())) or 'none yet'}"
-            )
-        write_json(self.folder / "served.json", {"version": version})
+    # Reading ------------------------------------------------------------------------------------------------------
 
-    def publish(self, checkpoint: dict[str, Any]) -> int:
-        """Write the next version, serve it, and remove the oldest beyond `keep`. Returns its number."""
+    def read(self, version: int) -> dict[str, Any]:
+        """The checkpoint of a version, if its file is whole.
+
+        Raises:
+            DamagedCheckpoint: missing, cut or changed.
+        """
+        self.verify(version)
+        return load(self.path(version))
+
+    def verify(self, version: int) -> None:
+        """Compare a version's file with the sha256 in its manifest.
+
+        Raises:
+            DamagedCheckpoint: missing, cut or changed.
+        """
+        path = self.path(version)
+        expected = self.manifest(version)["sha256"]
+        try:
+            found = sha256(path)
+        except OSError as error:
+            raise DamagedCheckpoint(f"{path}: cannot be read: {brief(error)}") from error
+        if found != expected:
+            raise DamagedCheckpoint(f"{path}: damaged: its sha256 is not that of the published file")
+
+    def candidates(self) -> list[int]:
+        """Which version to answer with, the best first: the served one, then what was served before it, then what was
+        only kept; newest first. Empty where nothing was ever served."""
+        try:
+            served = self.served
+        except CheckpointError as error:
+            logger.error("%s; the newest version that was served is used", error)
+            served = None
+        others = [m for m in reversed(self.manifests()) if m["version"] != served]
+        once = [m["version"] for m in others if m.get("status") == PUBLISHED]
+        if served is None:
+            return once
+        return [served, *once, *(m["version"] for m in others if m["version"] not in once)]
+
+    def read_served(self) -> tuple[int, dict[str, Any]] | None:
+        """The served version and its checkpoint; where that is damaged the next best one, and a line in the log says
+        so. None where nothing was ever served.
+
+        Raises:
+            CheckpointError: there are versions, but none is whole.
+        """
+        candidates, failures = self.candidates(), []
+        for version in candidates:
+            try:
+                checkpoint = self.read(version)
+            except DamagedCheckpoint as error:
+                logger.error("%s", error)
+                failures.append(str(error))
+                continue
+            if failures:
+                logger.warning("Version %d is used in place of version %d", version, candidates[0])
+            return version, checkpoint
+        if failures:
+            raise CheckpointError(f"no version of {self.folder.name} is whole: {'; '.join(failures)}")
+        return None
+
+    def manifest(self, version: int) -> dict[str, Any]:
+        """What is known of a version; a missing or damaged manifest file is rebuilt from the checkpoint.
+
+        Raises:
+            DamagedCheckpoint: neither can be read.
+        """
+        sidecar = self._sidecar(version)
+        try:
+            manifest = json.loads(sidecar.read_text())
+            if isinstance(manifest, dict) and isinstance(manifest.get("sha256"), str):
+                return manifest
+        except (OSError, ValueError):
+            pass
+        path = self.path(version)
+        manifest = {**load(path)["manifest"], "version": version, "sha256": sha256(path)}
+        try:
+            write_json(sidecar, manifest)
+        except OSError as error:  # a read-only folder
+            logger.warning("%s: cannot be rebuilt: %s", sidecar, error)
+        return manifest
+
+    def manifests(self) -> list[dict[str, Any]]:
+        """The manifests of all versions, oldest first, each with `version` and `served`; `damaged` says why one cannot
+        be read."""
+        try:
+            served = self.served
+        except CheckpointError:
+            served = None
+        found = []
+        for version in self.numbers():
+            try:
+                manifest = self.manifest(version)
+            except CheckpointError as error:
+                manifest = {"damaged": str(error)}
+            found.append({**manifest, "version": version, "served": version == served})
+        return found
+
+    def seen(self, version: int | None) -> list[str]:
+        """The ids of all cases that a version or any ancestor of it was trained on.
+
+        Raises:
+            DamagedCheckpoint: its manifest cannot be read.
+        """
+        manifest = self.manifest(version) if version is not None else {}
+        cases = manifest.get("seen") or manifest.get("trained_on")
+        return [str(case) for case in cases] if isinstance(cases, list) else []
+
+    # Writing ------------------------------------------------------------------------------------------------------
+
+    def serve(self, version: int, why: str = "chosen by hand") -> None:
+        """Serve another version: back or forward. No checkpoint is rewritten; the change is noted in `history.jsonl`.
+
+        Raises:
+            CheckpointError: no such version, or its file is damaged.
+        """
+        with self._locked():
+            if version not in self.numbers():
+                valid = ", ".join(map(str, self.numbers())) or "none yet"
+                raise CheckpointError(f"model version {version}: valid are {valid}")
+            self.verify(version)
+            self._point_to(version, why)
+
+    def adopt(self, path: Path, task: Task) -> int:
+        """Publish and serve a checkpoint file from elsewhere. Returns its number.
+
+        Raises:
+            CheckpointError: damaged, of another task, or its weights do not fit.
+        """
+        checkpoint = load(path)
+        if not isinstance(checkpoint["manifest"], dict):
+            raise CheckpointError(f"{path}: its manifest is no table of values")
+        check_same_task(checkpoint, task, path)
+        restore_model(checkpoint, path)
+        manifest = {**checkpoint["manifest"], "origin": "upload", "parent": None}
+        return self.publish({**checkpoint, "manifest": manifest}, why="uploaded")
+
+    def publish(self, checkpoint: dict[str, Any], serve: bool = True, why: str = "published") -> int:
+        """Write the next version, serve it if wanted, and remove the oldest beyond `keep`. Returns its number.
+
+        Raises:
+            CheckpointError: a manifest that is no plain data.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        version = max(self.numbers(), default=0) + 1
-        checkpoint = {**checkpoint, "manifest": {**checkpoint["manifest"], "version": version, "parent": self.served}}
-        save(checkpoint, self.path(version))
-        self.serve(version)
-        for old in self.numbers()[: -self.keep]:
-            if old != version:
-                self.path(old).unlink(missing_ok=True)
+        with self._locked():
+            clear_unfinished(self.folder, "v*.pt")
+            # A number is never given twice, even where somebody has deleted the newest version.
+            served = self._served_or_none()
+            version = max([*self.numbers(), *self._numbers("json"), served or 0], default=0) + 1
+            manifest = {"parent": served, **checkpoint["manifest"]}
+            manifest |= {"version": version, "status": PUBLISHED if serve else KEPT}
+            try:
+                json.dumps(manifest)
+            except (TypeError, ValueError, RecursionError) as error:
+                raise CheckpointError(f"the manifest is no plain data: {brief(error)}") from error
+            path = self.path(version)
+            save({**checkpoint, "manifest": manifest}, path)
+            write_json(self._sidecar(version), {**manifest, "sha256": sha256(path)})
+            if serve:
+                self._point_to(version, why)
+            self._prune(version)
         return version
 
+    def _prune(self, newest: int) -> None:
+        protected = {newest, self._served_or_none()}
+        protected |= {manifest.get("parent") for manifest in self.manifests() if manifest["served"]}
+        for old in self.numbers()[: -self.keep]:
+            if old not in protected:
+                self.path(old).unlink(missing_ok=True)
+                self._sidecar(old).unlink(missing_ok=True)
 
-def _brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    def _point_to(self, version: int, why: str) -> None:
+        line = {"time": now(), "from": self._served_or_none(), "to": version, "why": why}
+        write_json(self.folder / "served.json", {"version": version})
+        path = self.folder / "history.jsonl"
+        try:
+            with path.open("a") as history:
+                history.write(json.dumps(line) + "\n")
+        except OSError as error:  # the version is served all the same
+            logger.warning("%s: the change to version %d is not noted: %s", path, version, error)
+
+    def _served_or_none(self) -> int | None:
+        try:
+            return self.served
+        except CheckpointError:
+            return None
+
+    def _numbers(self, suffix: str) -> list[int]:
+        try:
+            names = [p.name for p in self.folder.iterdir()]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        found = (re.fullmatch(rf"v(\d{{4,}})\.{suffix}", name) for name in names)
+        return sorted(int(m[1]) for m in found if m)
+
+    def _sidecar(self, version: int) -> Path:
+        return self.path(version).with_suffix(".json")
+
+    def _locked(self) -> FileLock:
+        return FileLock(self.folder / ".versions.lock", timeout=LOCK_SECONDS)
 
 
-def _atomic(path: Path, write: Callable[[Any], Any]) -> None:
-    """Write beside the place, sync, rename, sync the folder: readers see the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+def now() -> str:
+    """The time for manifests: UTC, ISO 8601, to the second."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

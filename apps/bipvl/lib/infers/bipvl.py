@@ -7,7 +7,7 @@ import logging
 import tempfile
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +18,8 @@ from monailabel.interfaces.tasks.infer_v2 import InferType
 from monailabel.tasks.infer.basic_infer import BasicInferTask
 from monailabel.utils.others.generic import device_list, name_to_device, strtobool
 
-from lib import versions
+from lib import checkpoints
+from lib.checkpoints import CheckpointError, DamagedCheckpoint
 from lib.nets import BiPVLSeg, build_model
 from lib.segment import Prediction, predict
 from lib.tasks import ATTRIBUTES, Task, TaskError
@@ -37,7 +38,10 @@ GPU_WINDOWS = 4  # windows a forward pass on a GPU; on a CPU batching windows ga
 
 @dataclass
 class Options:
-    """What one request asks for, checked. `from_request` reads the option table that clients show."""
+    """What one request asks for, checked. `from_request` reads the option table that clients show.
+
+    version: the one asked for, None for the served one.
+    """
 
     version: int | None
     overlap: float | None
@@ -54,14 +58,14 @@ class Options:
             overlap = None if overlap in (None, "") else float(overlap)
         except (TypeError, ValueError):
             raise ValueError(f"overlap: expected a number from 0 to below 1, got {request['overlap']!r}") from None
-        concepts = request.get("concepts") or {}
+        wanted, concepts = request.get("model_version"), request.get("concepts") or {}
         if isinstance(concepts, str):
             try:
                 concepts = json.loads(concepts)
             except ValueError as error:
                 raise ValueError(f"concepts: not valid JSON: {error}") from None
         return cls(
-            version=published.resolve(request.get("model_version")),
+            version=None if wanted in (None, "", "served") else published.resolve(wanted),
             overlap=overlap,
             tta=_boolean(request, "tta"),
             classes=_names(request.get("label_subset"), task),
@@ -70,13 +74,26 @@ class Options:
         )
 
 
+@dataclass
+class _Loaded:
+    """A model in memory: its version (0: fresh weights), the file it came from, and what users should know of it."""
+
+    version: int
+    model: BiPVLSeg
+    task: Task
+    file: tuple[int, ...]
+    warnings: list[str] = field(default_factory=list)
+
+
 @dataclass(repr=False)
 class _Run:
     """What the steps of one request share. MONAI Label copies and logs requests: neither may copy or print a model."""
 
     options: Options
+    version: int
     model: BiPVLSeg
     task: Task
+    warnings: list[str]
 
     def __deepcopy__(self, memo: dict) -> _Run:
         return self
@@ -96,7 +113,8 @@ class BiPVLInfer(BasicInferTask):
     def __init__(self, task: Task, model_dir: Path) -> None:
         self.task = task
         self.versions = Versions(model_dir)
-        self._models: OrderedDict[tuple[int, str], tuple[BiPVLSeg, Task]] = OrderedDict()
+        self._models: OrderedDict[tuple[int, str], _Loaded] = OrderedDict()
+        self._answered = 0  # the version that the last request got
         self._lock = threading.Lock()
         super().__init__(
             path=None,
@@ -120,8 +138,16 @@ class BiPVLInfer(BasicInferTask):
         return True
 
     def get_path(self, validate: bool = True) -> str | None:
-        served = self.versions.served
-        return str(self.versions.path(served)) if served is not None else None
+        served = self._served()
+        return str(self.versions.path(served)) if served else None
+
+    def _served(self) -> int:
+        """The served version, 0 where there is none or the pointer is damaged: a list of models must not fail."""
+        try:
+            return self.versions.served or 0
+        except CheckpointError as error:
+            logger.error("%s", error)
+            return 0
 
     def config(self) -> dict[str, Any]:
         """Options with their defaults; of a list the first entry is the default, the others are the choices."""
@@ -133,7 +159,7 @@ class BiPVLInfer(BasicInferTask):
             **super().info(),
             "labels": self.labels,
             "label_info": self._label_info(),
-            "version": self.versions.served or 0,
+            "version": self._served(),
         }
 
     def _label_info(self) -> list[dict[str, Any]]:
@@ -154,19 +180,22 @@ class BiPVLInfer(BasicInferTask):
 
         Raises:
             ValueError: an option or an image that cannot be used; the message says what and what is valid.
+            CheckpointError: the version asked for is damaged, or no published version is whole.
         """
         chosen = {k: v[0] if isinstance(v, list) and v and k != "label_subset" else v for k, v in request.items()}
         chosen.setdefault("device", device_list()[0])
         options = Options.from_request(chosen, self.task, self.versions)
         device = name_to_device(chosen["device"])
-        model, task = self._model(options.version or 0, device)
+        loaded = self._model(options.version, device)
+        task = loaded.task
         if options.concepts:
             if task.model.text_format not in ("concepts", "definition"):
                 raise TaskError(
                     f"concepts: this model reads the text format {task.model.text_format!r}, not attributes"
                 )
             task = task.with_concepts(options.concepts)
-        return super().__call__({**chosen, "run": _Run(options, model, task)}, callbacks)
+        run = _Run(options, loaded.version, loaded.model, task, loaded.warnings)
+        return super().__call__({**chosen, "run": run}, callbacks)
 
     def pre_transforms(self, data: dict[str, Any]) -> list:
         return load(data["run"].task, label=False)
@@ -199,21 +228,21 @@ class BiPVLInfer(BasicInferTask):
         mask = np.where(np.isin(mask, list(values.values())), mask, 0).astype(mask.dtype)
         if options.largest_component:
             mask = largest_components(mask, list(values.values()))
-        data["result"] = self._result(prediction, mask, options, task)
+        data["result"] = self._result(prediction, mask, run)
         data["pred"] = mask
         data["pred_meta_dict"] = {"affine": np.asarray(data["image"].meta["original_affine"])}
         return data
 
-    def _result(self, prediction: Prediction, mask: np.ndarray, options: Options, task: Task) -> dict[str, Any]:
-        warnings = []
-        if options.version is None:
+    def _result(self, prediction: Prediction, mask: np.ndarray, run: _Run) -> dict[str, Any]:
+        task, warnings = run.task, list(run.warnings)
+        if not run.version:
             warnings.append("no model is published yet: this mask comes from untrained weights; press train first")
-        if options.tta and not task.augmentation.flip:
+        if run.options.tta and not task.augmentation.flip:
             warnings.append("tta: this task is trained without flips, so there is nothing to average over")
         counts = np.bincount(mask.ravel(), minlength=1 + max(task.label_values.values()))
         rows = ATTRIBUTES if task.model.text_format == "concepts" else range(prediction.concept_weights.shape[1])
         return {
-            "model_version": options.version or 0,
+            "model_version": run.version,
             "label_info": self._label_info(),
             "voxels": {name: int(counts[value]) for name, value in task.label_values.items()},
             "concept_weights": {
@@ -243,31 +272,90 @@ class BiPVLInfer(BasicInferTask):
 
     # Models -------------------------------------------------------------------------------------------------------
 
-    def _model(self, version: int, device: str) -> tuple[BiPVLSeg, Task]:
-        """The model of a version (0: fresh weights) on a device, with the task it was trained for."""
-        key = (version, device)
+    def _model(self, wanted: int | None, device: str) -> _Loaded:
+        """The model of a version on a device; None: the served one.
+
+        Where the served file is damaged or gone, its copy in memory answers, else the next best whole version, and a
+        warning says so. Fresh weights answer only where nothing was ever published. The lock is held while a model is
+        found or loaded, so that none is loaded twice, and never while one is used.
+        """
         with self._lock:
-            if key not in self._models:
-                if version:
-                    path = self.versions.path(version)
-                    checkpoint = versions.load(path)
-                    versions.check_same_task(checkpoint, self.task, path)
-                    model, task = versions.restore_model(checkpoint, path)
-                    if task.concepts.hash != self.task.concepts.hash:
-                        logger.warning(
-                            "Version %d reads the sentences it was trained with; the file has changed", version
-                        )
-                else:
-                    set_determinism(0)
-                    model, task = build_model(self.task), self.task
-                self._models[key] = model.to(device).eval(), task
-                while len(self._models) > LOADED_MODELS:
-                    self._models.popitem(last=False)
-            self._models.move_to_end(key)
-            return self._models[key]
+            if wanted is not None:
+                return self._load(wanted, device)
+            loaded = self._served_model(device)
+            self._answered = loaded.version
+            return loaded
+
+    def _served_model(self, device: str) -> _Loaded:
+        failures: list[DamagedCheckpoint] = []
+        candidates = [n] if (n := self._served()) else self.versions.candidates()
+        for version in candidates:
+            try:
+                return self._load(version, device)
+            except DamagedCheckpoint as error:
+                failures.append(error)
+        if not failures and not self._answered:
+            return self._fresh(device)
+        return self._instead(candidates[0] if candidates else self._answered, device, failures)
+
+    def _instead(self, missed: int, device: str, failures: list[DamagedCheckpoint]) -> _Loaded:
+        """What answers in place of a version that cannot be read."""
+        for (version, _), kept in reversed(self._models.items()):
+            if version == missed:
+                return self._warned(
+                    kept, f"the file of version {missed} is missing or damaged: its copy in memory answers"
+                )
+        for version in self.versions.candidates():
+            try:
+                loaded = self._load(version, device)
+            except DamagedCheckpoint as error:
+                failures.append(error)
+                continue
+            return self._warned(loaded, f"version {missed} is missing or damaged: version {version} answers instead")
+        for (version, _), kept in reversed(self._models.items()):
+            if version:
+                return self._warned(kept, f"no version can be read: version {version} answers from memory")
+        reasons = "; ".join(dict.fromkeys(str(f) for f in failures)) or f"{self.versions.folder}: no version is left"
+        raise CheckpointError(f"no published version of {self.task.name!r} can be read ({reasons}); restore the folder")
+
+    def _warned(self, loaded: _Loaded, warning: str) -> _Loaded:
+        logger.error("%s: %s", self.task.name, warning)
+        return replace(loaded, warnings=[*loaded.warnings, warning])
+
+    def _load(self, version: int, device: str) -> _Loaded:
+        key, path = (version, device), self.versions.path(version)
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise DamagedCheckpoint(f"{path}: cannot be read: {error.strerror}") from error
+        file = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        if key not in self._models or self._models[key].file != file:
+            checkpoint = self.versions.read(version)
+            checkpoints.check_same_task(checkpoint, self.task, path)
+            model, task = checkpoints.restore_model(checkpoint, path)
+            warnings = []
+            if task.concepts.hash != self.task.concepts.hash:
+                warnings.append(f"version {version} reads the sentences it was trained with; the file has changed")
+                logger.warning("%s: %s", self.task.name, warnings[0])
+            self._models[key] = _Loaded(version, model.to(device).eval(), task, file, warnings)
+        return self._used(key)
+
+    def _fresh(self, device: str) -> _Loaded:
+        key = (0, device)
+        if key not in self._models:
+            set_determinism(0)
+            self._models[key] = _Loaded(0, build_model(self.task).to(device).eval(), self.task, ())
+        return self._used(key)
+
+    def _used(self, key: tuple[int, str]) -> _Loaded:
+        self._models.move_to_end(key)
+        while len(self._models) > LOADED_MODELS:
+            self._models.popitem(last=False)
+        return self._models[key]
 
     def clear_cache(self) -> None:
-        self._models.clear()
+        with self._lock:
+            self._models.clear()
 
     clear = clear_cache
 
@@ -285,8 +373,8 @@ def _nifti(mask: np.ndarray, affine: np.ndarray, source: str) -> nibabel.Nifti1I
     header.set_data_shape(mask.shape)
     header["pixdim"][:4] = geometry["pixdim"][:4]
     header["xyzt_units"] = geometry["xyzt_units"]
-    for field in GEOMETRY_FIELDS:
-        header[field] = geometry[field]
+    for name in GEOMETRY_FIELDS:
+        header[name] = geometry[name]
     return nibabel.Nifti1Image(mask, None, header)
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
 import logging
 import math
-import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,37 +14,41 @@ from ignite.engine import Engine, Events
 from ignite.handlers import EarlyStopping
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.handlers import LrScheduleHandler, MeanDice, ValidationHandler, from_engine, stopping_fn_from_metric
-from monai.networks.utils import one_hot
 from monai.transforms import Compose
 from monai.utils import set_determinism
 from monailabel.interfaces.datastore import Datastore
 from monailabel.tasks.train.basic_train import BasicTrainTask, Context
 from torch import Tensor
 
-from lib import versions
+from lib import checkpoints
 from lib.cases import audit, image_id
-from lib.nets import build_model
-from lib.segment import predict
+from lib.files import write_json
+from lib.nets import TextAssets, build_model
 from lib.split import split_cases
 from lib.tasks import Task
+from lib.trainers import rounds
+from lib.trainers.evaluation import masks, score_cases
+from lib.trainers.judging import checkpoint_of, publish
 from lib.trainers.objective import TrainingNetwork, unwrapped
+from lib.trainers.rounds import Fold, Round
 from lib.trainers.tracking import Tracker
 from lib.transforms import augment, load
-from lib.versions import Versions, write_json
+from lib.versions import Versions
 
 logger = logging.getLogger(__name__)
 
 # Eq. (15) drives sigma to the root of its loss: a loss that nearly vanishes for a while would get a weight of
 # thousands, and its next large value would drown the others. At the floor the weight is 50.
 LOG_SIGMA_FLOOR = math.log(0.1)
-PACKAGES = ("torch", "monai", "monailabel", "transformers")
+FOLDS = range(2, 5)  # with so few cases each validates once, in cross-validation; with more, some always do
 
 
 class BiPVLTrain(BasicTrainTask):
-    """Train BiPVL-Seg on the labelled cases and publish the round's best model.
+    """Train BiPVL-Seg on the labelled cases and publish the round's best model, if the gate lets it pass.
 
     A round starts from the served version (`pretrained`), validates on cases that never train, keeps the model with the
-    best validation Dice (without validation: the last one), and publishes it as the next version.
+    best validation Dice (without validation: the last one), compares it with the served version, and publishes it as
+    the next version, served or only kept.
 
     Args:
         task: what to segment.
@@ -70,6 +72,12 @@ class BiPVLTrain(BasicTrainTask):
                 "val_interval": recipe.val_interval,
                 "dataset": ["CacheDataset", "PersistentDataset", "Dataset"],
                 "seed": 0,
+                "gate_margin": recipe.gate_margin,
+                "gate_min_cases": recipe.gate_min_cases,
+                # The first entry is the default.
+                "gate_unjudged": sorted(rounds.UNJUDGED, key=lambda choice: choice != recipe.gate_unjudged),
+                "cross_validate": recipe.cross_validate,
+                "resume": False,
             },
             labels=task.label_values,
             tracking_uri=f"sqlite:///{model_dir / 'mlflow.db'}",
@@ -78,14 +86,17 @@ class BiPVLTrain(BasicTrainTask):
     # What MONAI Label calls, in its order ------------------------------------------------------------------------
 
     def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:
-        """Run a round.
+        """Run a round and return its statistics.
 
         Raises:
-            ValueError: no usable labelled case (with a table of what is wrong with each), or an option out of range.
+            ValueError: no usable labelled case (with a table of what is wrong with each), an option out of range, a
+                round that cannot be resumed, or another round of this task is running.
         """
         # A client may send back an option's whole list of choices: its first entry is meant.
         chosen = {k: v[0] if isinstance(v, list) and v else v for k, v in {**self._config, **request}.items()}
-        return super().__call__(_checked(chosen), datastore)
+        with rounds.only_round(self.folder / "train", self.task.name):
+            super().__call__(rounds.checked(chosen), datastore)
+        return self.stats()
 
     def pre_process(self, request: dict[str, Any], datastore: Datastore) -> list[dict[str, Any]]:
         cases = [{**case, "id": case.get("id") or image_id(case["image"])} for case in datastore.datalist()]
@@ -94,40 +105,107 @@ class BiPVLTrain(BasicTrainTask):
         report = audit(self.task, cases)
         logger.info("Labels of %d case(s):\n%s", len(cases), report.table())
         report.check()
-        return [{k: case[k] for k in ("id", "image", "label")} for case in report.usable]
+        usable: list[dict[str, Any]] = [dict(case) for case in report.usable]
+        problems = {c.case["id"]: c.problem for c in report.cases if c.problem}
+        request["round"] = self._begin(request, usable, {"table": report.table(), "problems": problems})
+        return usable
 
-    def partition_datalist(self, context: Context, shuffle: bool = False) -> tuple[list, list]:
-        by_id = {case["id"]: case for case in context.datalist}
-        share = float(context.request["val_split"])
-        training, validation = split_cases(list(by_id), share, self.folder / "split.json")
+    def _begin(self, request: dict[str, Any], cases: list[dict[str, Any]], report: dict[str, Any]) -> Round:
+        """Which cases train and validate, and what the round starts from."""
+        by_id = {case["id"]: case for case in cases}
+        training, validation = split_cases(list(by_id), request["val_split"], self.folder / "split.json")
         if not training:
             raise ValueError(
                 f"all {len(by_id)} labelled case(s) are kept for validation ({self.folder / 'split.json'}); "
                 "label another case"
             )
-        if not validation:
+        this = Round(report, [by_id[i] for i in training], [by_id[i] for i in validation])
+        this.identity = rounds.identity(self.task, request, training, validation)
+        run = self.folder / request["name"]
+        if request["resume"]:
+            this.saved = rounds.load_saved(run / rounds.LAST, this.identity)
+        if this.saved:
+            this.parent, this.seen = this.saved["parent"], this.saved["seen"]
+            this.cross_validation = this.saved["cross_validation"]
+            return this
+        if request["resume"]:
+            logger.info("There is no round to resume: the last one was completed, or never began. A new one begins")
+        for left in (rounds.LAST, rounds.BEST):  # of a round that was stopped
+            (run / left).unlink(missing_ok=True)
+        served = self.versions.read_served() if request["pretrained"] else None
+        if served:
+            this.parent, checkpoint = served
+            checkpoints.check_same_task(checkpoint, self.task, self.versions.path(this.parent))
+            this.seen = self.versions.seen(this.parent)
+        return this
+
+    def train(self, rank: int, world_size: int, request: dict[str, Any], datalist: list[dict[str, Any]]) -> Any:
+        this: Round = request["round"]
+        count = len(this.training)
+        if not this.validation and count in FOLDS and request["cross_validate"] and not request["multi_gpu"]:
+            epochs = math.ceil(request["max_epochs"] / count)
+            this.cross_validation = this.cross_validation or {
+                **{"method": "leave-one-out", "max_epochs": request["max_epochs"], "epochs": epochs},
+                **{"scores": {}, "shown": {}},
+            }
+            for number, case in enumerate(sorted(this.training, key=lambda c: c["id"]), 1):
+                if case["id"] not in this.cross_validation["scores"]:
+                    start = None if case["id"] in this.seen else this.parent
+                    self._train_fold(Fold(number, count, case, start), epochs, rank, world_size, request, datalist)
+            logger.info("All folds are trained; now the round's own model, on all %d cases", count)
+        elif not this.validation:
             logger.warning(
-                "No validation: %d labelled case(s) at val_split %s leave none. The last epoch's model is published "
-                "without a score.",
-                len(training),
-                share,
+                "No validation: %d labelled case(s) at val_split %s leave none. The last epoch's model is taken.",
+                count,
+                request["val_split"],
             )
-        logger.info("Training on %s; validating on %s", ", ".join(training), ", ".join(validation) or "none")
-        return [by_id[i] for i in training], [by_id[i] for i in validation]
+        if this.saved and this.saved["fold"]:
+            this.saved = None  # it was a fold's
+        return super().train(rank, world_size, request, datalist)
+
+    def _train_fold(
+        self, fold: Fold, epochs: int, rank: int, world_size: int, request: dict[str, Any], datalist: list
+    ) -> None:
+        this: Round = request["round"]
+        start = "fresh weights" if fold.start is None else f"version {fold.start}"
+        logger.info("%s: %d epochs without %s, from %s", fold, epochs, fold.held_out["id"], start)
+        saved = this.saved if this.saved and this.saved["fold"] == fold.number else None
+        nested = {
+            **request,
+            "max_epochs": epochs,
+            "tracking": "None",
+            "run_id": f"{request['run_id']}_fold{fold.number}",
+            "round": replace(this, fold=fold, validation=[], saved=saved),
+        }
+        try:
+            super().train(rank, world_size, nested, datalist)
+        finally:
+            self.cleanup(nested)
+
+    def partition_datalist(self, context: Context, shuffle: bool = False) -> tuple[list, list]:
+        this: Round = context.request["round"]
+        training = [case for case in this.training if this.fold is None or case["id"] != this.fold.held_out["id"]]
+        names = [", ".join(case["id"] for case in cases) or "none" for cases in (training, this.validation)]
+        logger.info("Training on %s; validating on %s", *names)
+        return training, this.validation
 
     def network(self, context: Context) -> TrainingNetwork:
         set_determinism(int(context.request["seed"]))
-        checkpoint = None
-        if context.pretrained and self.versions.served is not None:
-            path = self.versions.path(self.versions.served)
-            checkpoint = versions.load(path)
-            versions.check_same_task(checkpoint, self.task, path)
-            logger.info("Starting from version %d", self.versions.served)
-        network = TrainingNetwork(
-            build_model(self.task, versions.text_assets(checkpoint) if checkpoint else None), self.task
-        )
-        if checkpoint:
-            network.model.load_state_dict(checkpoint["model"])
+        this: Round = context.request["round"]
+        if this.saved:
+            state = this.saved["state"]
+            network = TrainingNetwork(build_model(self.task, TextAssets(**state["text"])), self.task)
+            network.load_state_dict(state["network"])
+            logger.info("Resuming after epoch %d", state["epoch"])
+            return network
+        start = this.fold.start if this.fold else this.parent
+        if start is None:
+            return TrainingNetwork(build_model(self.task), self.task)
+        checkpoint = self.versions.read(start)
+        logger.info("Starting from version %d", start)
+        network = TrainingNetwork(build_model(self.task, checkpoints.text_assets(checkpoint)), self.task)
+        network.model.load_state_dict(checkpoint["model"])
+        if "uncertainty" in checkpoint:
             network.uncertainty.load_state_dict(checkpoint["uncertainty"])
         return network
 
@@ -188,11 +266,12 @@ class BiPVLTrain(BasicTrainTask):
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
             context.optimizer, context.max_epochs * len(loader), self.task.training.min_learning_rate
         )
+        context.schedule = schedule
         handlers: list[Any] = [LrScheduleHandler(schedule, print_lr=False, epoch_level=False)]  # type: ignore[arg-type]
         if context.evaluator:
             interval = min(int(context.request["val_interval"]), context.max_epochs)
             handlers.append(ValidationHandler(interval, context.evaluator, epoch_level=True))
-        return SupervisedTrainer(
+        trainer = SupervisedTrainer(
             device=context.device,
             max_epochs=context.max_epochs,
             train_data_loader=loader,
@@ -203,14 +282,18 @@ class BiPVLTrain(BasicTrainTask):
             train_handlers=handlers,
             decollate=False,
         )
+        transforms, seed = loader.dataset.transform, int(context.request["seed"])
+        trainer.add_event_handler(Events.EPOCH_STARTED, lambda e: rounds.reseed(transforms, seed, e.state.epoch))
+        return trainer
 
     def _train_step(self, engine: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
         device = engine.state.device
         image, label = (batch[k].as_tensor().to(device, non_blocking=True) for k in ("image", "label"))
+        annotated = batch["annotated"].to(device)
         engine.network.train()
         engine.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            parts = engine.network(image, label)
+            parts = engine.network(image, label, annotated)
         if not torch.isfinite(parts["loss"]):
             raise ValueError(
                 f"the loss became {parts['loss'].item()} in epoch {engine.state.epoch}; lower learning_rate"
@@ -225,115 +308,77 @@ class BiPVLTrain(BasicTrainTask):
     def _validate_case(self, engine: Any, batch: dict[str, Any]) -> list[dict[str, Tensor]]:
         network = unwrapped(engine.network).eval()
         rows = []
-        for image, label in zip(batch["image"], batch["label"], strict=True):
-            probabilities = predict(network.model, image, self.task).probabilities.cpu()
-            label = label.as_tensor().cpu()
-            if self.task.overlapping:
-                rows.append({"pred": (probabilities > 0.5).float(), "label": label.float()})
-            else:
-                channels = self.task.out_channels
-                rows.append(
-                    {
-                        "pred": one_hot(probabilities.argmax(0, keepdim=True), channels, dim=0)[1:],
-                        "label": one_hot(label, channels, dim=0)[1:],
-                    }
-                )
+        for image, label, annotated in zip(batch["image"], batch["label"], batch["annotated"], strict=True):
+            pred, truth = masks(network.model, self.task, image, label)
+            # MeanDice leaves empty labels out, and so what a label was not drawn for.
+            known = annotated.cpu().float()[:, None, None, None]
+            rows.append({"pred": pred * known, "label": truth * known})
         return rows
 
     # Progress, checkpoints, publishing ----------------------------------------------------------------------------
 
     def finalize(self, context: Context) -> None:
+        this: Round = context.request["round"]
+        stop = self._early_stopping(context)
+        rounds.restore(context, stop)
         if context.local_rank != 0:
             return
-        run = Path(context.output_dir)
-        tracker = Tracker(context, self.task)
-        best = run / "best.pt"
-        best.unlink(missing_ok=True)  # of an earlier round
-
-        def checkpoint() -> dict[str, Any]:
-            network = unwrapped(context.network)
-            return versions.checkpoint_of(
-                network.model, self.task, self._manifest(context), uncertainty=network.uncertainty.state_dict()
-            )
+        tracker = Tracker(context, self.task, str(this.fold or ""), (this.saved or {}).get("state", {}).get("losses"))
+        best = Path(context.output_dir) / rounds.BEST
+        interval = int(context.request["val_interval"])
 
         def after_validation(engine: Any) -> None:
             if engine.state.best_metric_epoch == engine.state.epoch:
-                versions.save(checkpoint(), best)
+                checkpoints.save(checkpoint_of(context, self.task), best)
 
-        def after_epoch(_: Engine) -> None:
-            write_json(Path(self._stats_path), tracker.stats())
+        def after_epoch(engine: Engine) -> None:
+            write_json(Path(self._stats_path), {**tracker.stats(), "audit": this.audit})
+            epoch, last = engine.state.epoch, engine.state.max_epochs
+            if (epoch == 1 or epoch % interval == 0) and epoch != last:
+                rounds.save_progress(context, rounds.snapshot(context, tracker.losses, stop))
 
-        def publish(_: Engine) -> None:
-            version = self.versions.publish(versions.load(best) if best.is_file() else checkpoint())
-            best.unlink(missing_ok=True)
-            write_json(Path(self._stats_path), {**tracker.stats(), "version": version})
-            logger.info("Published version %d of %s", version, self.task.name)
+        def finish(_: Engine) -> None:
+            if this.fold:
+                self._finish_fold(context)
+                return
+            outcome = publish(context, self.task, self.versions, tracker)
+            write_json(Path(self._stats_path), {**tracker.stats(), **outcome})
 
         if context.evaluator:
             # ValidationHandler runs the evaluator for one epoch and sets its epoch number to the trainer's.
             context.evaluator.add_event_handler(Events.COMPLETED, after_validation)
-            if context.request["early_stop_patience"] > 0:
-                stop = EarlyStopping(
-                    context.request["early_stop_patience"],
-                    stopping_fn_from_metric(self.VAL_METRIC_MEAN_DICE),
-                    context.trainer,
-                )
-                context.evaluator.add_event_handler(Events.COMPLETED, stop)
-        tracker.attach(context.trainer, context.evaluator)
         if context.request.get("progress"):  # a terminal is watching
-            bar = ProgressBar(desc="Training", persist=True)
+            bar = ProgressBar(desc=str(this.fold or "Training"), persist=True)
             bar.attach(
                 context.trainer, None, lambda o: {"loss": float(o["loss"])}, Events.EPOCH_COMPLETED, Events.COMPLETED
             )
+        # Before the tracker closes: what the gate says is tracked too.
+        context.trainer.add_event_handler(Events.COMPLETED, finish)
+        tracker.attach(context.trainer, context.evaluator)
         context.trainer.add_event_handler(Events.EPOCH_COMPLETED, after_epoch)
-        context.trainer.add_event_handler(Events.COMPLETED, publish)
 
-    def _manifest(self, context: Context) -> dict[str, Any]:
-        metrics = {}
-        if context.evaluator:
-            scores = context.evaluator.state.metrics
-            metrics = {
-                "mean_dice": scores.get(self.VAL_METRIC_MEAN_DICE),
-                "class_dice": _per_class(self.task, scores.get("val_class_dice")),
-            }
-        return {
-            "task": self.task.name,
-            "concepts": self.task.concepts.hash,
-            "trained_on": [c["id"] for c in context.train_datalist],
-            "validated_on": [c["id"] for c in context.val_datalist],
-            "epoch": context.trainer.state.epoch,
-            "seed": int(context.request["seed"]),
-            "metrics": metrics,
-            "packages": {p: importlib.metadata.version(p) for p in PACKAGES},
-            "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "seconds": round(time.time() - context.start_ts, 1),
-        }
+    def _early_stopping(self, context: Context) -> EarlyStopping | None:
+        if not context.evaluator or context.request["early_stop_patience"] <= 0:
+            return None
+        stop = EarlyStopping(
+            context.request["early_stop_patience"],
+            stopping_fn_from_metric(self.VAL_METRIC_MEAN_DICE),
+            context.trainer,
+        )
+        context.evaluator.add_event_handler(Events.COMPLETED, stop)
+        return stop
 
-
-def _checked(request: dict[str, Any]) -> dict[str, Any]:
-    """Numbers that arrive as text become numbers; values that cannot work are refused by name."""
-    for key, kind, low in (
-        ("max_epochs", int, 1),
-        ("train_batch_size", int, 1),
-        ("patches_per_case", int, 1),
-        ("val_interval", int, 1),
-        ("learning_rate", float, 1e-12),
-        ("val_split", float, 0),
-        ("seed", int, 0),
-        ("early_stop_patience", int, -1),
-    ):
-        try:
-            request[key] = kind(request[key])
-        except (TypeError, ValueError):
-            raise ValueError(f"{key}: expected a number, got {request[key]!r}") from None
-        if request[key] < low:
-            raise ValueError(f"{key}: {request[key]} is too small; the least is {low}")
-    return request
-
-
-def _per_class(task: Task, values: Any) -> dict[str, float | None]:
-    """Class name to Dice; None where the validation cases do not hold the class."""
-    if values is None:
-        return {}
-    numbers = torch.as_tensor(values).flatten().tolist()
-    return {name: None if n != n else round(n, 4) for name, n in zip(task.classes, numbers, strict=True)}
+    def _finish_fold(self, context: Context) -> None:
+        this: Round = context.request["round"]
+        assert this.fold is not None and this.cross_validation is not None
+        found = score_cases(unwrapped(context.network).model, self.task, [this.fold.held_out])
+        this.cross_validation["scores"] |= found.dice
+        this.cross_validation["shown"] |= found.shown
+        (dice,) = found.dice.values()
+        logger.info(
+            "%s: Dice of %s: %s",
+            this.fold,
+            this.fold.held_out["id"],
+            ", ".join(f"{name} {value:.3f}" for name, value in dice.items()),
+        )
+        rounds.save_progress(context, None)

@@ -27,15 +27,21 @@ class Tracker:
     The line of each epoch goes to the log, whose last lines are what `GET /train/` returns; scalars go to TensorBoard
     (the run's events folder) and, where tracking is `mlflow`, to MLflow. The store is SQLite: today's MLflow refuses
     the file store.
+
+    Args:
+        prefix: what the lines begin with, the name of a fold.
+        losses: of the epochs before a resumed round was stopped.
     """
 
-    def __init__(self, context: Context, task: Task) -> None:
+    def __init__(self, context: Context, task: Task, prefix: str = "", losses: list[float] | None = None) -> None:
         self.context = context
         self.task = task
+        self.prefix = f"{prefix}, " if prefix else ""
         self.board = SummaryWriter(context.events_dir)
         self.mlflow = _start_mlflow(context) if str(context.tracking).lower() == "mlflow" else None
         self.latest: dict[str, float] = {}
-        self.losses: list[float] = []
+        self.losses: list[float] = list(losses or [])
+        self._epochs_before = len(self.losses)
         self._sums: dict[str, float] = defaultdict(float)
         self._patches = 0
         self._epoch_start = time.time()
@@ -58,7 +64,13 @@ class Tracker:
             **stats,
             "latest": {k: round(v, 6) for k, v in self.latest.items()},
             "loss_history": [round(v, 6) for v in self.losses],
+            **({"fold": self.prefix.rstrip(", ")} if self.prefix else {}),
         }
+
+    def tag(self, key: str, value: str) -> None:
+        """Note a result of the whole round in MLflow."""
+        if self.mlflow:
+            self.mlflow.set_tag(key, value)
 
     def _start_epoch(self, _: Any) -> None:
         self._sums.clear()
@@ -82,10 +94,12 @@ class Tracker:
         self._record(scalars, state.epoch)
 
         elapsed = time.time() - self.context.start_ts
-        left = datetime.timedelta(seconds=round(elapsed / state.epoch * (state.max_epochs - state.epoch)))
+        each = elapsed / (state.epoch - self._epochs_before)
+        left = datetime.timedelta(seconds=round(each * (state.max_epochs - state.epoch)))
         logger.info(
-            "Epoch %d/%d: loss %.4f (segmentation %.4f, class embedding %.4f, alignment %.4f), sigma %.3f %.3f %.3f, "
+            "%sEpoch %d/%d: loss %.4f (segmentation %.4f, class embedding %.4f, alignment %.4f), sigma %.3f %.3f %.3f, "
             "lr %.2e, %.1f s, time left %s",
+            self.prefix,
             state.epoch,
             state.max_epochs,
             *(scalars[k] for k in ("loss", "segmentation", "class_embedding", "alignment")),

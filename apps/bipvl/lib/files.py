@@ -1,0 +1,51 @@
+"""Files that are whole at every instant: written beside their place, synced and renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON atomically."""
+    write_atomic(path, lambda file: file.write(json.dumps(data, indent=2).encode()))
+
+
+def sha256(path: Path) -> str:
+    """The hexadecimal sha256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_atomic(path: Path, write: Callable[[Any], Any]) -> None:
+    """Write beside the place, sync, rename, sync the folder: readers see the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def clear_unfinished(folder: Path, pattern: str) -> None:
+    """Remove what killed writers of matching files left. Only for whom no other process can be writing them."""
+    for path in folder.glob(f".{pattern}.*"):
+        path.unlink(missing_ok=True)

@@ -1,0 +1,159 @@
+"""The publish gate: whether a round's model may take the place of the one that is served. Pure: numbers in, a decision
+out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+TOLERANCE = 1e-6  # equal models may differ in the last digits of a float32 mean
+
+# Case id to class name to Dice. A case lacks the classes that its label was not annotated for.
+Scores = Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One class, or the mean: Dice of both models; None where it was not judged."""
+
+    name: str
+    served: float | None
+    candidate: float | None
+
+    @property
+    def difference(self) -> float | None:
+        if self.served is None or self.candidate is None:
+            return None
+        return self.candidate - self.served
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether to publish, and why.
+
+    publish: serve the candidate. Else it is kept as a version that is not served.
+    judged: the two models were compared.
+    reason: a sentence for the user.
+    rows: a row a class, and the mean last.
+    cases: what both were scored on.
+    """
+
+    publish: bool
+    judged: bool
+    reason: str
+    rows: tuple[Row, ...]
+    cases: tuple[str, ...]
+
+    def table(self) -> str:
+        """A line a class; short, because clients show the last twenty lines of a round only."""
+        width = max(len(row.name) for row in self.rows)
+        lines = [f"{'Dice':<{width}}  served  candidate  difference"]
+        for row in self.rows:
+            served, candidate = ("-" if value is None else f"{value:.3f}" for value in (row.served, row.candidate))
+            change = "" if row.difference is None else f"{row.difference:+.3f}"
+            change = change if row.candidate is not None else "not judged"
+            lines.append(f"{row.name:<{width}}  {served:>6}  {candidate:>9}  {change:>10}".rstrip())
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for the manifest and the statistics."""
+        return {
+            "publish": self.publish,
+            "judged": self.judged,
+            "reason": self.reason,
+            "cases": list(self.cases),
+            "table": [
+                {
+                    "class": row.name,
+                    "served": _rounded(row.served),
+                    "candidate": _rounded(row.candidate),
+                    "difference": _rounded(row.difference),
+                }
+                for row in self.rows
+            ],
+        }
+
+
+def decide(
+    served: Scores | None,
+    candidate: Scores,
+    classes: Sequence[str],
+    *,
+    margin: float = 0.02,
+    min_cases: int = 1,
+    unjudged: str = "keep",
+    shown: Mapping[str, Collection[str]] | None = None,
+) -> Decision:
+    """Compare a candidate with the served model on the cases that both were scored on.
+
+    It is published only if mean Dice does not fall and no class falls by more than the margin. The Dice of a class is
+    its mean over cases, mean Dice the mean of these over classes, so that a rare class weighs as much as any other.
+
+    Args:
+        served: None where nothing is served: the candidate is published as the first.
+        candidate: scores of the candidate; cases that either model was trained on are not to be among them.
+        classes: all classes, in the order of the table.
+        margin: how much Dice one class may lose.
+        min_cases: with fewer cases in common the two cannot be judged.
+        unjudged: "keep" or "publish" what cannot be judged.
+        shown: for each case the classes that its label shows; a class that no label shows is not judged, because only
+            false alarms would count. None: all scored classes are shown.
+    """
+    cases = tuple(sorted(candidate if served is None else served.keys() & candidate.keys()))
+    judged_classes = {
+        name for case in cases for name in candidate[case] if shown is None or name in shown.get(case, ())
+    }
+    rows = []
+    for name in classes:
+        here = [c for c in cases if name in candidate[c] and (served is None or name in served[c])]
+        if name not in judged_classes or not here:
+            rows.append(Row(name, None, None))
+        else:
+            rows.append(
+                Row(
+                    name,
+                    None if served is None else _mean(served[c][name] for c in here),
+                    _mean(candidate[c][name] for c in here),
+                )
+            )
+    judged = [row for row in rows if row.difference is not None]
+    scored = [row.candidate for row in rows if row.candidate is not None]
+    mean = Row(
+        "mean",
+        _mean(row.served for row in judged if row.served is not None) if judged else None,
+        _mean(scored) if scored else None,
+    )
+    table = (*rows, mean)
+    if served is None:
+        return Decision(True, False, "the first version: there is none to compare it with", table, cases)
+    if len(cases) < min_cases or not judged:
+        reason = (
+            f"cannot judge: {len(cases)} case(s) that neither model was trained on, {min_cases} needed"
+            if len(cases) < min_cases
+            else "cannot judge: no label of the compared cases shows any class"
+        )
+        return Decision(unjudged == "publish", False, reason, table, cases)
+    assert mean.difference is not None
+    fallen = [r for r in judged if r.difference is not None and r.difference < -margin - TOLERANCE]
+    complaints = []
+    if mean.difference < -TOLERANCE:
+        complaints.append(f"mean Dice falls from {mean.served:.3f} to {mean.candidate:.3f}")
+    if fallen:
+        names = ", ".join(f"{row.name} by {-row.difference:.3f}" for row in fallen if row.difference is not None)
+        complaints.append(f"Dice falls by more than {margin:g}: {names}")
+    if complaints:
+        return Decision(False, True, "; ".join(complaints), table, cases)
+    change = f"{mean.served:.3f} to {mean.candidate:.3f}"
+    return Decision(
+        True, True, f"mean Dice {change} on {len(cases)} case(s), no class falls by more than {margin:g}", table, cases
+    )
+
+
+def _mean(values: Any) -> float:
+    numbers = list(values)
+    return sum(numbers) / len(numbers)
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)

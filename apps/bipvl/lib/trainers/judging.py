@@ -1,0 +1,199 @@
+"""The end of a round: its model and the served one are scored by the same code on cases that neither was trained on,
+and the next version is published, served or only kept."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from monailabel.tasks.train.basic_train import BasicTrainTask, Context
+
+from lib import checkpoints
+from lib.checkpoints import CheckpointError, restore_model
+from lib.gate import Decision, decide
+from lib.nets import BiPVLSeg
+from lib.tasks import Task
+from lib.trainers import rounds
+from lib.trainers.evaluation import CaseScores, score_cases
+from lib.trainers.objective import unwrapped
+from lib.trainers.rounds import Round
+from lib.trainers.tracking import Tracker
+from lib.versions import Versions, now
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("torch", "monai", "monailabel", "transformers")
+
+
+def judge(
+    candidate: dict[str, Any],
+    task: Task,
+    versions: Versions,
+    training: Sequence[dict[str, Any]],
+    validation: Sequence[dict[str, Any]],
+    request: dict[str, Any],
+    device: torch.device,
+) -> tuple[Decision, dict[str, Any]]:
+    """Decide whether a round's model may take the place of the served version.
+
+    With validation cases both models are scored on those that neither was trained on. Without, cross-validation stands
+    in: the candidate's score of a case is that of the fold that left it out. The served version's is its own where it
+    never saw the case, else that of its own cross-validation, if that ran with the same epochs.
+
+    Args:
+        candidate: the round's checkpoint, with its manifest.
+        training, validation: the round's cases.
+        request: gate_margin, gate_min_cases, gate_unjudged.
+
+    Returns:
+        The decision, and what the manifest says of it.
+    """
+    manifest = candidate["manifest"]
+    folds = manifest["metrics"].get("cross_validation")
+    served, number, note = _served(versions, task, device)
+    served_seen = set(versions.seen(number)) if number is not None else set()
+    ours: CaseScores
+    theirs: CaseScores | None = CaseScores() if number is not None else None
+    left_out = [c["id"] for c in validation if c["id"] in served_seen | set(manifest["seen"])]
+    if left_out:
+        logger.info("Left out of the comparison, because a model was trained on them: %s", ", ".join(left_out))
+    if validation or not folds:
+        cases = [c for c in validation if c["id"] not in left_out]
+        model, own_task = restore_model(candidate)
+        ours = score_cases(model.to(device), own_task, cases)
+        if served and theirs is not None:
+            theirs = score_cases(*served, cases)
+    else:
+        ours = CaseScores(folds["scores"], folds["shown"])
+        if served and theirs is not None:
+            theirs = score_cases(*served, [c for c in training if c["id"] not in served_seen])
+            theirs.dice |= _earlier_folds(versions, number, folds, served_seen)
+    decision = decide(
+        theirs.dice if theirs is not None else None,
+        ours.dice,
+        task.classes,
+        margin=request["gate_margin"],
+        min_cases=request["gate_min_cases"],
+        unjudged=request["gate_unjudged"],
+        shown=ours.shown,
+    )
+    report = {
+        **decision.to_dict(),
+        "reason": note or decision.reason,
+        "against": number,
+        "method": "validation" if validation or not folds else "cross-validation",
+        "margin": request["gate_margin"],
+        "left_out": left_out,
+    }
+    return decision, report
+
+
+def _served(
+    versions: Versions, task: Task, device: torch.device
+) -> tuple[tuple[BiPVLSeg, Task] | None, int | None, str | None]:
+    """The served model with its own task, its number, and why it cannot be compared with."""
+    try:
+        found = versions.read_served()
+    except CheckpointError as error:
+        logger.error("%s", error)
+        return None, None, "no earlier version can be read"
+    if found is None:
+        return None, None, None
+    number, checkpoint = found
+    model, own_task = restore_model(checkpoint, versions.path(number))
+    if own_task.classes != task.classes or own_task.channels != task.channels:
+        return None, number, f"cannot judge: version {number} has other classes or channels"
+    return (model.to(device), own_task), number, None
+
+
+def _earlier_folds(
+    versions: Versions, number: int | None, folds: dict[str, Any], seen: set[str]
+) -> dict[str, dict[str, float]]:
+    """Scores of the served version's own folds, for the cases that it was trained on in the end."""
+    assert number is not None
+    earlier = versions.manifest(number).get("metrics", {}).get("cross_validation") or {}
+    if any(earlier.get(key) != folds[key] for key in ("method", "max_epochs")):
+        return {}
+    return {case: dice for case, dice in earlier["scores"].items() if case in seen and case in folds["scores"]}
+
+
+def publish(context: Context, task: Task, versions: Versions, tracker: Tracker) -> dict[str, Any]:
+    """Publish the round's best model as the next version, served if the gate lets it pass, else kept.
+
+    Returns:
+        What the statistics say of it.
+    """
+    this: Round = context.request["round"]
+    best = Path(context.output_dir) / rounds.BEST
+    checkpoint = checkpoints.load(best) if best.is_file() else checkpoint_of(context, task)
+    decision, gate = judge(checkpoint, task, versions, this.training, this.validation, context.request, context.device)
+    manifest = {**checkpoint["manifest"], "gate": gate, "time": now()}
+    manifest["seconds"] = round(time.time() - context.start_ts, 1)
+    version = versions.publish({**checkpoint, "manifest": manifest}, decision.publish, f"round: {gate['reason']}")
+    for left in (rounds.LAST, rounds.BEST):
+        (Path(context.output_dir) / left).unlink(missing_ok=True)
+    outcome = {"version": version, "served": versions.served, "gate": gate, "audit": this.audit}
+    tracker.tag("gate", f"{'published' if decision.publish else 'kept'}: {gate['reason']}")
+    logger.info("Version %d compared with version %s:\n%s", version, gate["against"] or "none", decision.table())
+    if decision.publish:
+        logger.info("Published version %d of %s: %s", version, task.name, gate["reason"])
+    else:
+        logger.warning(
+            "Version %d of %s is kept, not served: %s. To serve it: POST /model/%s/versions/%d/serve, or on the "
+            "command line: versions serve %d --task %s",
+            *(version, task.name, gate["reason"], task.name, version, version, task.name),
+        )
+    return outcome
+
+
+def checkpoint_of(context: Context, task: Task) -> dict[str, Any]:
+    """The network as it is now, as a checkpoint with its manifest."""
+    network = unwrapped(context.network)
+    return checkpoints.checkpoint_of(
+        network.model, task, manifest_of(context, task), uncertainty=network.uncertainty.state_dict()
+    )
+
+
+def manifest_of(context: Context, task: Task) -> dict[str, Any]:
+    """What the checkpoint says of the round."""
+    this: Round = context.request["round"]
+    trained_on = [c["id"] for c in context.train_datalist]
+    metrics: dict[str, Any] = {}
+    if context.evaluator:
+        scores = context.evaluator.state.metrics
+        mean = float(scores.get(BasicTrainTask.VAL_METRIC_MEAN_DICE, math.nan))
+        metrics = {
+            "mean_dice": None if math.isnan(mean) else mean,
+            "class_dice": _per_class(task, scores.get("val_class_dice")),
+        }
+    if this.cross_validation:
+        metrics["cross_validation"] = this.cross_validation
+    return {
+        "task": task.name,
+        "concepts": task.concepts.hash,
+        "parent": this.parent,
+        "trained_on": trained_on,
+        "validated_on": [c["id"] for c in context.val_datalist],
+        "seen": sorted({*this.seen, *trained_on}),
+        "epoch": context.trainer.state.epoch,
+        "seed": int(context.request["seed"]),
+        "options": {key: context.request[key] for key in rounds.MATCHING},
+        "metrics": metrics,
+        "packages": {p: importlib.metadata.version(p) for p in PACKAGES},
+        "time": now(),
+        "seconds": round(time.time() - context.start_ts, 1),
+    }
+
+
+def _per_class(task: Task, values: Any) -> dict[str, float | None]:
+    """Class name to Dice; None where the validation cases do not hold the class."""
+    if values is None:
+        return {}
+    numbers = torch.as_tensor(values).flatten().tolist()
+    return {name: None if n != n else round(n, 4) for name, n in zip(task.classes, numbers, strict=True)}

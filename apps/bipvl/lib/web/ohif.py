@@ -1,0 +1,71 @@
+"""OHIF, the viewer that MONAI Label brings along, at `/ohif/`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path, PurePosixPath
+
+import monailabel
+from fastapi import APIRouter, HTTPException, Request
+from fastapi.responses import HTMLResponse, RedirectResponse, Response
+from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+FOLDER = Path(monailabel.__file__).parent / "endpoints" / "static" / "ohif"
+
+# Names with a hash of the content never change theirs; everything else is asked for again, and answered by 304.
+_HASHED = re.compile(r"(?:.*\.)?[0-9a-f]{20}\.[a-z]+")
+_KEPT = "private, max-age=31536000, immutable"
+_ASKED = "private, no-cache"
+
+# The page loads and asks nothing from elsewhere: patients' names stay here whatever the viewer has a bug in, and the
+# fonts of Google that its style sheet names neither delay it nor tell about it.
+_POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' blob: data:; frame-ancestors 'self'"
+
+# The panel MONAI Label asks port 8000 unless this cookie names a server, and cookies of all ports of a host are one.
+_OUR_SERVER = (
+    "<script>document.cookie = 'MONAILABEL_SERVER_URL=' + escape(location.origin + '/') +"
+    " '; path=/ohif; SameSite=Strict'</script>"
+)
+
+
+def page(html: str) -> str:
+    """OHIF's page without fonts from the internet, with a manifest that is fetched with the login, and whose panel
+    MONAI Label talks to the server that the page comes from."""
+    html = re.sub(r'<link\b[^>]*\bhref="https?://[^>]*>', "", html)
+    html = re.sub(r'(<link\b[^>]*\brel="manifest")', r'\1 crossorigin="use-credentials"', html)
+    return html.replace("<head>", f"<head>{_OUR_SERVER}", 1)
+
+
+def router(folder: Path = FOLDER) -> APIRouter:
+    """Routes `/ohif/…`: the files of the viewer, and its page for every address that it makes up itself.
+
+    Who may ask is decided before: nothing here looks at the user.
+
+    Args:
+        folder: of the built viewer, with an `index.html`.
+    """
+    routes = APIRouter()
+    files = StaticFiles(directory=folder)
+    index = page((folder / "index.html").read_text(encoding="utf-8"))
+
+    @routes.api_route("/ohif", methods=["GET", "HEAD"], include_in_schema=False)
+    def without_slash(request: Request) -> Response:
+        query = request.url.query
+        return RedirectResponse(f"/ohif/?{query}" if query else "/ohif/")
+
+    @routes.api_route("/ohif/{path:path}", methods=["GET", "HEAD"], include_in_schema=False)
+    async def viewer(request: Request, path: str) -> Response:
+        if path not in ("", "index.html"):
+            try:
+                answer = await files.get_response(path, request.scope)
+            except StarletteHTTPException as error:
+                # /ohif/viewer, /ohif/monai-label and the like are pages, a missing script is none.
+                if error.status_code != 404 or PurePosixPath(path).suffix:
+                    raise HTTPException(404, f"OHIF has no file {path[:200]!r}") from error
+            else:
+                answer.headers["cache-control"] = _KEPT if _HASHED.fullmatch(PurePosixPath(path).name) else _ASKED
+                return answer
+        return HTMLResponse(index, headers={"cache-control": _ASKED, "content-security-policy": _POLICY})
+
+    return routes

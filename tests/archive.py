@@ -1,0 +1,164 @@
+"""DICOM archives for tests: a real one (Orthanc with its DICOMweb plugin), one that keeps a record, and our proxy."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import requests
+import uvicorn
+from fastapi import FastAPI
+from monailabel.config import Settings
+
+from lib.web import proxy
+
+PROGRAM = shutil.which("Orthanc") or shutil.which("Orthanc", path="/usr/sbin:/usr/local/sbin")
+PLUGIN = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")  # where Debian and Ubuntu put it
+START_SECONDS = 60
+WAIT = 20  # seconds after which a test that waits for another party fails
+DICOM_PARTS = 'multipart/related; type="application/dicom"; boundary=x'
+
+needs_orthanc = pytest.mark.skipif(
+    PROGRAM is None or not PLUGIN.exists(),
+    reason="Orthanc with DICOMweb is not installed (Debian, Ubuntu: apt-get install orthanc orthanc-dicomweb)",
+)
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 on which nothing listens now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+class Archive:
+    """Orthanc on a free port. Use as a context manager.
+
+    `url` is its DICOMweb address, `rest` that of its own interface, which can do anything and asks for no password.
+
+    Args:
+        folder: for its database, configuration and log; created.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rest = f"http://127.0.0.1:{free_port()}"
+        self.url = f"{self.rest}/dicom-web"
+
+    def __enter__(self) -> Archive:
+        assert PROGRAM, "mark the test with needs_orthanc"
+        self.folder.mkdir(parents=True)
+        settings = {
+            "StorageDirectory": str(self.folder / "storage"),
+            "IndexDirectory": str(self.folder / "storage"),
+            "HttpPort": int(self.rest.rpartition(":")[2]),
+            "DicomServerEnabled": False,
+            "RemoteAccessAllowed": False,
+            "AuthenticationEnabled": False,
+            "Plugins": [str(PLUGIN)],
+            "DicomWeb": {"Enable": True, "Root": "/dicom-web/"},
+        }
+        (self.folder / "orthanc.json").write_text(json.dumps(settings))
+        with (self.folder / "log").open("w") as log:
+            self.process = subprocess.Popen(
+                [PROGRAM, str(self.folder / "orthanc.json")], stdout=log, stderr=subprocess.STDOUT
+            )
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                requests.get(f"{self.url}/studies", timeout=5).raise_for_status()
+                return self
+            except requests.RequestException:
+                time.sleep(0.1)
+        self.__exit__()
+        raise AssertionError(f"Orthanc did not start:\n{(self.folder / 'log').read_text(errors='replace')}")
+
+    def __exit__(self, *_: Any) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def store(self, *folders: Path) -> None:
+        """Store every file of these folders."""
+        with requests.Session() as session:
+            for file in sorted(file for folder in folders for file in folder.iterdir()):
+                session.post(f"{self.rest}/instances", data=file.read_bytes(), timeout=60).raise_for_status()
+
+    def instances(self) -> int:
+        """How many it holds."""
+        return int(requests.get(f"{self.rest}/statistics", timeout=60).json()["CountInstances"])
+
+
+@contextmanager
+def serving(archive: str, **settings: Any) -> Iterator[str]:
+    """The proxy's address, served by uvicorn as in MONAI Label's server."""
+    app = FastAPI()
+    app.include_router(proxy.router(archive, Settings(**settings)))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive(), "the server did not start"
+            thread.join(0.01)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/proxy/dicom"
+    finally:
+        server.should_exit = True
+        thread.join(WAIT)
+
+
+class Recorder(ThreadingHTTPServer):
+    """An archive that writes down what it is asked; `answer` writes the answer."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        self.requests: list[SimpleNamespace] = []
+        self.answer: Callable[[BaseHTTPRequestHandler], None] = lambda handler: reply(handler, b"[]")
+        self.received = threading.Event()  # the first piece of a body
+        recorder = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                length, body = int(self.headers.get("Content-Length") or 0), b""
+                while len(body) < length:
+                    body += self.rfile.read1(length - len(body))
+                    recorder.received.set()
+                recorder.requests.append(
+                    SimpleNamespace(method=self.command, path=self.path, headers=self.headers, body=body)
+                )
+                recorder.answer(self)
+
+            do_HEAD = do_POST = do_GET
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}/dicom-web"
+
+
+def reply(handler: BaseHTTPRequestHandler, body: bytes, status: int = 200, **headers: str) -> None:
+    handler.send_response(status)
+    headers = {"Content_Type": "application/dicom+json", "Content_Length": str(len(body)), **headers}
+    for key, value in headers.items():
+        handler.send_header(key.replace("_", "-"), value)
+    handler.end_headers()
+    if handler.command != "HEAD":
+        handler.wfile.write(body)
