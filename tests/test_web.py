@@ -68,7 +68,7 @@ def test_logging_in(server):
 
 
 def test_images_labels_and_samples(server, studies, tmp_path):
-    client = server.client
+    client = MONAILabelClient(server.url, tmpdir=str(tmp_path))
     image, label = studies / "phantom_000.nii.gz", studies / "labels" / "final" / "phantom_000.nii.gz"
     assert client.upload_image(str(image), "sent")["image"] == "sent"
     assert server.call("HEAD", "/datastore/image?image=sent").ok

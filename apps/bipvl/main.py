@@ -103,6 +103,23 @@ class BiPVLApp(MONAILabelApp):
             self.async_scoring(None)
         return {**found, "path": self.datastore().get_image_uri(found["id"])}
 
+    def check_annotated(self, names: Any) -> None:
+        """Whether some task of this server has all classes that a label declares.
+
+        Raises:
+            lib.tasks.TaskError: a name that no task has, with the valid ones.
+        """
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise TaskError(f"annotated: expected a list of class names, got {names!r}")
+        problems = []
+        for task in self.tasks.values():
+            try:
+                task.annotated(names)
+                return
+            except TaskError as error:
+                problems.append(f"{task.name}: {error}")
+        raise TaskError("; ".join(problems))
+
     def on_save_label(self, image_id: str, label_id: str) -> None:
         """A final label ends the lease of its case."""
         if self.datastore().get_label_by_image_id(image_id, FINAL):

@@ -23,6 +23,7 @@ from lib.phantom import write_studies
 from lib.picture import picture as draw_picture
 from lib.tasks import CONCEPTS_DIR, TASKS_DIR, Task, list_tasks, load_task
 from lib.trainers import BiPVLTrain
+from lib.version_chart import version_chart
 from lib.versions import Versions
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -206,6 +207,19 @@ def serve(
     number = _number(store, version)
     store.serve(number, why="command line")
     console.print(f"Version {number} is served from {store.folder}")
+
+
+@versions_app.command("picture")
+def picture_versions(
+    task: TaskOption,
+    out: Annotated[Path, typer.Option(help="PNG file to write")],
+    model_dir: ModelDirOption = DEFAULT_MODELS,
+    set_: SetOption = None,
+) -> None:
+    """Draw what each version scored and what the gate decided, class by class."""
+    store = _versions(task, model_dir, set_)
+    version_chart(store.folder.name, store.manifests(), out)
+    console.print(f"Written: {out}")
 
 
 @app.command()

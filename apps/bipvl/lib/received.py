@@ -10,11 +10,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
-import torch
-from monai.data import MetaTensor
-from monai.data.utils import correct_nifti_header_if_necessary
-
 from lib.cases import SUFFIXES
 from lib.volumes import align_label, read_header, read_volume
 
@@ -74,7 +69,7 @@ def check_label_file(path: Path, image: Path, case: str) -> None:
     try:
         suffix_of(path)
         _check_self_contained(path)
-        grid = _grid(image)
+        grid = read_header(image)
         if path.name.lower().endswith(".gz"):
             _check_gzip(path, HEADER_BYTES + MAX_BYTES_PER_VOXEL * prod(grid.shape[1:]))
         label = read_header(path)
@@ -89,17 +84,6 @@ def check_label_file(path: Path, image: Path, case: str) -> None:
         reason = str(error).replace(str(path), "the label").replace(f"its image {image}", f"its image {case!r}")
         reason = reason.replace(str(image), f"image {case!r}")
         raise ValueError(reason) from error
-
-
-def _grid(image: Path) -> MetaTensor:
-    """An image without its voxels, with the affine that it has once it is read.
-
-    `read_volume` reads through MONAI, which rebuilds the affine of a NIfTI file whose header gives two voxel sizes.
-    """
-    grid = read_header(image)
-    if image.name.endswith((".nii", ".nii.gz")):
-        grid.affine = torch.as_tensor(correct_nifti_header_if_necessary(nib.load(image)).affine)
-    return grid
 
 
 def _check_self_contained(path: Path) -> None:

@@ -44,10 +44,10 @@ def load(task: Task, label: bool) -> list[Transform]:
     """The deterministic part: from files to the network's grid (paper, Table 4).
 
     Input keys: `image`, the path of a NIfTI or NRRD file or of a DICOM folder; with `label` also `label`, a file on
-    the image's grid in any orientation, and where it is partial `annotated`, the names of its classes (`Task.annotated`).
-    Output: `image` (channels, h, w, d) float32, RAS, `task.spacing` mm, cropped
-    to its foreground; `label` on the same grid, float32, (1, h, w, d) class indices, or (C, h, w, d) regions where
-    classes overlap; `annotated` (C,) boolean. `image.meta` keeps `original_affine` and `spatial_shape`, which `restore` needs.
+    the image's grid in any orientation, and where that is partial `annotated`, the names of its classes
+    (`Task.annotated`). Output: `image` (channels, h, w, d) float32, RAS, `task.spacing` mm, cropped to its foreground;
+    `label` on the same grid, float32, (1, h, w, d) class indices, or (C, h, w, d) regions where classes overlap;
+    `annotated` (C,) boolean. `image.meta` keeps `original_affine` and `spatial_shape`, which `restore` needs.
 
     Raises (when applied):
         ValueError: naming the file, what is wrong with it and what is expected.

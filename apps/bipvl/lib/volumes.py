@@ -13,6 +13,7 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
+from monai.data.utils import correct_nifti_header_if_necessary
 from monai.transforms import LoadImage, Orientation
 from nibabel.orientations import aff2axcodes
 from torch import Tensor
@@ -55,7 +56,8 @@ def read_header(path: str | Path) -> MetaTensor:
     if not path.name.endswith((".nii", ".nii.gz")) or not path.is_file():
         return read_volume(path)
     try:
-        header = cast(nib.Nifti1Image, nib.load(path))
+        # As MONAI's reader does, which rebuilds the affine of a file whose header gives two voxel sizes.
+        header = correct_nifti_header_if_necessary(cast(nib.Nifti1Image, nib.load(path)))
     except Exception as error:
         raise ValueError(f"{path}: cannot be read as an image: {error}") from error
     shape = (*header.shape[3:4], *header.shape[:3]) if len(header.shape) == 4 else (1, *header.shape)

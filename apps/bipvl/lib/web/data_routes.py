@@ -103,6 +103,8 @@ def datastore_routes(services: Services) -> APIRouter:
     ) -> dict[str, Any]:
         info, store = {**json_object(params), "user": user.name}, app.datastore()
         known_image(store, image)
+        if info.get("annotated") is not None:
+            app.check_annotated(info["annotated"])
         with uploads.saved(label, uploads.LABEL_SUFFIXES, "label") as path:
             saved = store.save_label(image, str(path), tag or DefaultLabelTag.FINAL.value, info)
         logger.info("Label of %r saved as %r by %r", image, tag, user.name)
