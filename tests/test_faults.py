@@ -30,6 +30,8 @@ from rounds import Rounds
 from server import Server
 from test_training import SMALL
 
+pytestmark = pytest.mark.slow  # five servers and forty rounds
+
 KILLS = 20
 ROUND = {"device": "cpu", "tracking": "None", "val_split": 0, "max_epochs": 3, "learning_rate": 1e-3}
 CONF = {"models": "quickstart", **SMALL}

@@ -1,36 +1,23 @@
 """Attacks on a real server: files outside its folders, other people's pages, strangers, and passwords in its log."""
 
 import base64
-import io
 import json
-import os
 import pickle
 import socket
 import stat
 import tarfile
-import zipfile
 from pathlib import Path
 
-import bcrypt
 import pytest
 import torch
 
+from attack import PASSWORDS, Evil, bomb, raw, tar_with, users_file, zip_with
 from lib.phantom import write_studies
 from server import ELSEWHERE, Server
 from test_training import SMALL
 
-PASSWORDS = {"ada": "correct horse", "vera": "battery staple", "rob": "root of all"}
 TOKEN = "a-token-nobody-guesses"
 LISTED = "https://viewer.example.org"
-
-
-def users_file(folder, lines=None):
-    file = folder / "users"
-    roles = {"ada": "", "vera": ":viewer", "rob": ":admin"}
-    hashes = {name: bcrypt.hashpw(word.encode(), bcrypt.gensalt(4)).decode() for name, word in PASSWORDS.items()}
-    file.write_text("".join(f"{name}:{hashes[name]}{roles[name]}\n" for name in hashes) if lines is None else lines)
-    file.chmod(0o600)
-    return file
 
 
 @pytest.fixture(scope="module")
@@ -130,32 +117,6 @@ def test_inference_reads_no_file_of_the_server(server, studies, tmp_path, path):
     assert answer.status_code == 400 and ".nii.gz" in answer.json()["detail"]
 
 
-def tar_with(name, kind=tarfile.REGTYPE, target=""):
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w:gz") as archive:
-        member = tarfile.TarInfo(name)
-        member.type, member.linkname = kind, target
-        member.size = 4 if kind == tarfile.REGTYPE else 0
-        archive.addfile(member, io.BytesIO(b"evil"))
-    return file.getvalue()
-
-
-def zip_with(name, mode=0o100644):
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        member = zipfile.ZipInfo(name)
-        member.external_attr = mode << 16
-        archive.writestr(member, b"evil")
-    return file.getvalue()
-
-
-def bomb():
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("zeros.nii", bytes(9 << 20))
-    return file.getvalue()
-
-
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -193,11 +154,6 @@ def test_upload_names_cannot_leave_their_session(server):
     assert len(received) == 3
     assert server.call("DELETE", f"/session/{session['session_id']}").status_code == 200
     assert not Path(session["session_info"]["path"]).exists()
-
-
-class Evil:
-    def __reduce__(self):
-        return (os.system, ("touch /tmp/evil",))
 
 
 def test_an_uploaded_checkpoint_runs_no_code(server, tmp_path):
@@ -376,12 +332,6 @@ def test_cross_site_requests_without_origin(server):
     assert server.call("GET", "/ohif/", headers=link).ok
     assert server.call("GET", "/info/", headers=link).status_code == 403
     assert server.call("GET", "/info/", headers={"Sec-Fetch-Site": "same-origin"}).ok
-
-
-def raw(server, text):
-    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
-        connection.sendall(text.encode("latin-1"))
-        return connection.makefile("rb").readline().decode()
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from lib.phantom import write_studies
 from server import Server
 from test_training import SMALL
 
+pytestmark = pytest.mark.slow  # over a thousand requests
+
 KNOWN = {"image": "phantom_000", "label": "phantom_000", "tag": "final", "model": "quickstart", "strategy": "first"}
 LONG = ("/train/", "/batch/")  # starting these is minutes of work, and the subject of other tests
 
