@@ -207,6 +207,7 @@ def open_study(visit: Visit, mode: str) -> None:
     page.get_by_role("button", name="Confirm and Hide").click()
 
 
+@pytest.mark.slow
 @needs_orthanc
 @needs_browser
 def test_nobody_without_login_sees_anything(chromium: sync_api.Browser, address: str) -> None:
@@ -218,6 +219,7 @@ def test_nobody_without_login_sees_anything(chromium: sync_api.Browser, address:
     context.close()
 
 
+@pytest.mark.slow
 @needs_orthanc
 @needs_browser
 def test_study_list_shows_the_patients_of_the_archive_and_filters_them(visit: Visit) -> None:
@@ -232,6 +234,7 @@ def test_study_list_shows_the_patients_of_the_archive_and_filters_them(visit: Vi
     visit.assert_clean()
 
 
+@pytest.mark.slow
 @needs_orthanc
 @needs_browser
 def test_viewer_shows_the_image(visit: Visit) -> None:
@@ -243,6 +246,7 @@ def test_viewer_shows_the_image(visit: Visit) -> None:
     visit.assert_clean()
 
 
+@pytest.mark.slow
 @needs_orthanc
 @needs_browser
 def test_panel_segments_the_image(visit: Visit) -> None:

@@ -121,6 +121,7 @@ def falling(losses: list[float]) -> bool:
     return np.mean(losses[-third:]) < np.mean(losses[:third])
 
 
+@pytest.mark.slow
 def test_loop_with_overlapping_regions_on_four_channel_mr(real_data, tmp_path):
     conf = {"models": "msd-brain", "spacing": "[4, 4, 4]", "patch": "[64, 64, 32]", **SMALL}
     studies = tmp_path / "studies"
