@@ -138,6 +138,7 @@ def test_loop_with_overlapping_regions_on_four_channel_mr(real_data, tmp_path):
         assert set(np.unique(nib.load(mask).dataobj)) <= {0, 1, 2, 3}, "raw labels, as annotators edit them"
 
 
+@pytest.mark.slow
 def test_loop_on_anisotropic_cardiac_mr_and_refusals(real_data, tmp_path):
     conf = {"models": "acdc-mr", "spacing": "[3, 3, 10]", "patch": "[64, 64, 32]", **SMALL}
     studies = tmp_path / "studies"
