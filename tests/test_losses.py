@@ -10,13 +10,12 @@ from monai.data import MetaTensor
 from monai.losses import DiceCELoss
 from torch import Tensor
 
-from lib import losses
+from lib import alignment, losses
+from lib.alignment import aggregate_text, concept_weights
 from lib.losses import (
     UncertaintyWeights,
-    aggregate_text,
     alignment_loss,
     class_embedding_loss,
-    concept_weights,
     cross_entropy_loss,
     dice_loss,
     global_alignment_loss,
@@ -54,9 +53,9 @@ def vectors(batch: int = 2, classes: int = 5, concepts: int = 3, width: int = 6)
 
 
 def test_docstring_examples():
-    result = doctest.testmod(losses)
-    assert result.attempted >= 9
-    assert result.failed == 0
+    results = [doctest.testmod(module) for module in (losses, alignment)]
+    assert sum(r.attempted for r in results) >= 11
+    assert not any(r.failed for r in results)
 
 
 # Eqs. 1, 11-13: segmentation

@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lib.alignment import aggregate_text, concept_weights
 from lib.losses import (
-    aggregate_text,
     alignment_loss,
-    concept_weights,
     global_alignment_loss,
     local_alignment_loss,
 )

@@ -9,7 +9,8 @@ from monai.networks.nets import UNETR, BasicUNetPlusPlus, SwinUNETR, UNet
 from torch import nn
 
 from helpers import tiny_overlapping_task, tiny_task
-from lib.losses import aggregate_text, alignment_loss, concept_weights
+from lib.alignment import aggregate_text, concept_weights
+from lib.losses import alignment_loss
 from lib.nets import build_model
 from lib.nets.fusion import BiFusion, IdentityFusion
 from lib.nets.text import Sentences

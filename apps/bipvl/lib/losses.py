@@ -10,37 +10,14 @@ under autocast; float64 stays float64. Nothing here draws random numbers: the no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import wraps
-from typing import Any, ParamSpec
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from monai.losses import DiceLoss
 from torch import Tensor, nn
 
-_P = ParamSpec("_P")
-_MIN_NORM = 1e-8  # below it a vector counts as zero: its cosine is 0 and its gradient stays bounded
-
-
-def _upcast(value: Any) -> Any:
-    """A half-precision tensor as float32; a MetaTensor as a plain tensor, so that no metadata is sliced along."""
-    if not isinstance(value, Tensor):
-        return value
-    value = value.as_subclass(Tensor)
-    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
-
-
-def _full_precision(function: Callable[_P, Tensor]) -> Callable[_P, Tensor]:
-    """Compute in float32 or better. Upcasting alone is not enough: autocast would take matmuls back to half."""
-
-    @wraps(function)
-    def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> Tensor:
-        device = next(v.device for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
-        with torch.autocast(device.type, enabled=False):
-            return function(*map(_upcast, args), **{k: _upcast(v) for k, v in kwargs.items()})  # type: ignore[arg-type]
-
-    return wrapper
+from lib.alignment import full_precision, unit, upcast
 
 
 def _all_or(mask: Tensor | None, like: Tensor) -> Tensor:
@@ -83,7 +60,7 @@ def _only_annotated(logits: Tensor, label: Tensor, classes: Tensor) -> tuple[Ten
     return logits, label * known, remain
 
 
-@_full_precision
+@full_precision
 def dice_loss(logits: Tensor, label: Tensor, overlapping: bool = False, classes: Tensor | None = None) -> Tensor:
     r"""Soft Dice with squared denominators, Eq. 12.
 
@@ -112,7 +89,7 @@ def dice_loss(logits: Tensor, label: Tensor, overlapping: bool = False, classes:
     return _mean_over(dice(logits, label).flatten(1), mask)
 
 
-@_full_precision
+@full_precision
 def cross_entropy_loss(
     logits: Tensor, label: Tensor, overlapping: bool = False, classes: Tensor | None = None
 ) -> Tensor:
@@ -167,7 +144,7 @@ def segmentation_loss(
 # class embedding, Eq. 3
 
 
-@_full_precision
+@full_precision
 def class_embedding_loss(class_map: Tensor, logits: Tensor, overlapping: bool = False) -> Tensor:
     r"""Cross-entropy of the class map against the decoder's own, downsampled decision, Eq. 3.
 
@@ -200,51 +177,10 @@ def class_embedding_loss(class_map: Tensor, logits: Tensor, overlapping: bool = 
     return F.cross_entropy(class_map, share.argmax(1))
 
 
-# alignment, Eqs. 4-9
+# alignment, Eqs. 5-9
 
 
-def _unit(vectors: Tensor) -> Tensor:
-    """L2-normalise the last dimension."""
-    return F.normalize(vectors, dim=-1, eps=_MIN_NORM)
-
-
-@_full_precision
-def concept_weights(concepts: Tensor, vision: Tensor) -> Tensor:
-    r"""How much each concept of a class agrees with what is seen, Eq. 4.
-
-    .. math:: w_k = \frac{\exp \cos(t'_k, V')}{\sum_{k'=1}^{K} \exp \cos(t'_{k'}, V')}
-
-    The sum runs over the K concepts of one class, never over classes.
-
-    Args:
-        concepts: (B, C, K, P), projected concept rows t'_k; any length, normalised here.
-        vision: (B, C, P), the projected vector V' of each class.
-
-    Returns:
-        (B, C, K), summing to 1 over K.
-
-    >>> concepts = torch.eye(2).view(1, 1, 2, 2)
-    >>> [round(w, 4) for w in concept_weights(concepts, torch.tensor([[[1.0, 0.0]]])).flatten().tolist()]  # e : 1
-    [0.7311, 0.2689]
-    """
-    return torch.einsum("bckp,bcp->bck", _unit(concepts), _unit(vision)).softmax(-1)
-
-
-@_full_precision
-def aggregate_text(concepts: Tensor, weights: Tensor) -> Tensor:
-    r"""The text vector of each class, Eq. 4: T = sum_k w_k t_k.
-
-    Args:
-        concepts: (B, C, K, P), projected concept rows t_k.
-        weights: (B, C, K), from `concept_weights`.
-
-    Returns:
-        (B, C, P), not normalised.
-    """
-    return torch.einsum("bckp,bck->bcp", concepts, weights)
-
-
-@_full_precision
+@full_precision
 def global_alignment_loss(
     text: Tensor, vision: Tensor, temperature: float = 0.2, present: Tensor | None = None
 ) -> Tensor:
@@ -271,7 +207,7 @@ def global_alignment_loss(
     """
     present = _all_or(present, vision)
     absent = ~present[..., None]
-    similarity = _unit(text.masked_fill(absent, 0)) @ _unit(vision.masked_fill(absent, 0)).mT / temperature
+    similarity = unit(text.masked_fill(absent, 0)) @ unit(vision.masked_fill(absent, 0)).mT / temperature
     # The diagonal stays for absent anchors too: their rows stay finite, and `_mean_over` leaves them out.
     own = torch.eye(present.shape[1], dtype=torch.bool, device=vision.device)
     left_out = ~(present[:, None, :] | own)
@@ -281,7 +217,7 @@ def global_alignment_loss(
     return _mean_over((text_to_vision + vision_to_text) / 2, present)
 
 
-@_full_precision
+@full_precision
 def local_alignment_loss(
     concepts: Tensor, vision: Tensor, hard_negatives: int = 3, temperature: float = 0.2, present: Tensor | None = None
 ) -> Tensor:
@@ -315,8 +251,8 @@ def local_alignment_loss(
     assert hard_negatives >= 1, f"hard_negatives {hard_negatives}: at least 1"
     present = _all_or(present, vision)
     absent = ~present[..., None]
-    concepts = _unit(concepts.masked_fill(absent[..., None], 0))
-    vision = _unit(vision.masked_fill(absent, 0))
+    concepts = unit(concepts.masked_fill(absent[..., None], 0))
+    vision = unit(vision.masked_fill(absent, 0))
     similarity = torch.einsum("bikp,bjp->bkij", concepts, vision) / temperature
     positive = similarity.diagonal(dim1=2, dim2=3)
     number = present.shape[1]
@@ -388,9 +324,9 @@ class UncertaintyWeights(nn.Module):
     def forward(self, losses: Sequence[Tensor] | Tensor) -> Tensor:
         """The weighted total of n scalar losses, or of a tensor (n,). ValueError when they are not n."""
         # Upcast one by one: autocast leaves some of the losses in half precision and others not.
-        values = torch.stack([_upcast(loss) for loss in losses])
+        values = torch.stack([upcast(loss) for loss in losses])
         if values.shape != self.log_sigma.shape:
             raise ValueError(f"losses have shape {tuple(values.shape)}, expected {tuple(self.log_sigma.shape)}")
-        log_sigma = _upcast(self.log_sigma)
+        log_sigma = upcast(self.log_sigma)
         with torch.autocast(values.device.type, enabled=False):
             return (values * torch.exp(-2 * log_sigma) / 2 + log_sigma).sum()

@@ -13,7 +13,7 @@ from monai.inferers import sliding_window_inference
 from torch import Tensor
 from torch.nn import functional as F
 
-from lib.losses import aggregate_text, concept_weights
+from lib.alignment import aggregate_text, concept_weights
 from lib.nets.bipvl import BiPVLSeg, Output
 from lib.nets.text import Sentences
 from lib.tasks import AXES, Task

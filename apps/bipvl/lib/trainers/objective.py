@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lib.alignment import aggregate_text, concept_weights
 from lib.losses import (
     UncertaintyWeights,
-    aggregate_text,
     class_embedding_loss,
-    concept_weights,
     global_alignment_loss,
     local_alignment_loss,
     segmentation_loss,
