@@ -89,11 +89,12 @@ def generate_case(
     )
 
 
-def write_studies(folder: Path, cases: int = 8, labelled: int = 4, seed: int = 0) -> list[Path]:
+def write_studies(folder: Path, cases: int = 8, labelled: int = 4, seed: int = 0, name: str = "phantom") -> list[Path]:
     """Write cases as MONAI Label's local datastore lays them out; existing images and labels are left alone.
 
-    Images go to `<folder>/phantom_000.nii.gz` and so on, labels of the first `labelled` cases to
-    `<folder>/labels/final/` under the same names. Each file appears complete or not at all.
+    Images go to `<folder>/<name>_000.nii.gz` and so on, labels of the first `labelled` cases to
+    `<folder>/labels/final/` under the same names. Each file appears complete or not at all. The cases of one seed are
+    no other seed's.
 
     Returns:
         The paths of all images, in order.
@@ -103,7 +104,7 @@ def write_studies(folder: Path, cases: int = 8, labelled: int = 4, seed: int = 0
     """
     if not 0 <= labelled <= cases or cases > 1000:
         raise ValueError(f"cases {cases}, labelled {labelled}: 0 <= labelled <= cases <= 1000 is needed")
-    images = [folder / f"phantom_{index:03d}.nii.gz" for index in range(cases)]
+    images = [folder / f"{name}_{index:03d}.nii.gz" for index in range(cases)]
     # The image is written last: where it exists, the case is complete, and a label deleted since stays deleted.
     missing = [(index, path) for index, path in enumerate(images) if not path.exists()]
     for index, path in track(missing, description="Generating studies", disable=not missing):
