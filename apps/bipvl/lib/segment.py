@@ -11,9 +11,8 @@ import torch
 from monai.data import MetaTensor
 from monai.inferers import sliding_window_inference
 from torch import Tensor
-from torch.nn import functional as F
 
-from lib.alignment import aggregate_text, concept_weights
+from lib.alignment import aggregate_text, concept_weights, unit
 from lib.nets.bipvl import BiPVLSeg, Output
 from lib.nets.text import Sentences
 from lib.tasks import AXES, Task
@@ -29,20 +28,26 @@ class Prediction:
 
     probabilities: (channels, h, w, d) float32, background first where classes exclude each other.
     concept_weights: (C, K), w_k of Eq. (4), mean over windows weighted by the class's probability mass.
-    alignment: (C,), cosine of the class's text T and its vision vector V, weighted likewise.
+    similarity: (C, C), cosine of the text T of each class (rows) and the vision vector V of each (columns), weighted
+        likewise by the column's class. The paper's Fig. 2d.
     windows, skipped: how many windows the volume has, and how many of them held nothing but background.
     """
 
     probabilities: Tensor
     concept_weights: Tensor
-    alignment: Tensor
+    similarity: Tensor
     windows: int
     skipped: int
+
+    @property
+    def alignment(self) -> Tensor:
+        """(C,), cosine of each class's text and its own vision vector."""
+        return self.similarity.diagonal()
 
     def uncertainty(self) -> float:
         """Mean predictive entropy over the predicted foreground, between 0 and 1; 0 without foreground."""
         p = self.probabilities.clamp(1e-6, 1 - 1e-6)
-        if p.shape[0] == len(self.alignment):  # overlapping: one binary entropy a class
+        if p.shape[0] == len(self.similarity):  # overlapping: one binary entropy a class
             entropy = -(p * p.log2() + (1 - p) * (1 - p).log2()).mean(0)
             foreground = (p > 0.5).any(0)
         else:
@@ -90,8 +95,8 @@ class _Windows:
         mass = p.flatten(2).sum(-1).double()  # (B, C)
         concepts, vision = output.concepts.float(), output.vision.float()
         weights = concept_weights(concepts, vision)
-        cosine = F.cosine_similarity(aggregate_text(concepts, weights), vision, dim=-1)
-        parts = mass.sum(0), (mass[..., None] * weights).sum(0), (mass * cosine).sum(0)
+        cosine = torch.einsum("bcp,bdp->bcd", unit(aggregate_text(concepts, weights)), unit(vision))
+        parts = mass.sum(0), (mass[..., None] * weights).sum(0), (mass[:, None] * cosine).sum(0)
         if self.mass is None:
             self.mass, self.weights, self.cosine = parts
         else:
@@ -160,7 +165,11 @@ def predict(
     rows = len(task.classes), len(task.text_rows()[0])
     if windows.mass is None:
         return Prediction(
-            probabilities, torch.full(rows, 1 / rows[1]), torch.zeros(rows[0]), windows.windows, windows.skipped
+            probabilities,
+            torch.full(rows, 1 / rows[1]),
+            torch.zeros(rows[0], rows[0]),
+            windows.windows,
+            windows.skipped,
         )
     mass = windows.mass.clamp_min(1e-12).cpu()
     return Prediction(
