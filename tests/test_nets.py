@@ -2,6 +2,7 @@
 
 import builtins
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,6 @@ from lib.alignment import aggregate_text, concept_weights
 from lib.losses import alignment_loss
 from lib.nets import build_model
 from lib.nets.fusion import BiFusion, IdentityFusion
-from lib.nets.text import Sentences
 from lib.nets.vision import BACKBONES
 from lib.tasks import TaskError
 from lib.trainers.objective import TrainingNetwork
@@ -22,7 +22,7 @@ PATCH = (64, 32, 32)
 
 
 def task_for(vision="swin_unetr", **model):
-    return tiny_task(patch=PATCH, model={"vision": vision, **model})
+    return tiny_task(patch=PATCH, model={"vision": vision, "head": "fixed", **model})
 
 
 def model_for(task=None, seed=0):
@@ -156,9 +156,8 @@ def test_longer_padding_changes_nothing():
     """Defect 3: padding is attended in no stage."""
     model, image = model_for().eval(), image_for(task_for())
     text = model.text
-    padded = Sentences(
-        nn.functional.pad(text.ids, (0, 13), value=0), nn.functional.pad(text.mask, (0, 13), value=False), "padded"
-    )
+    ids, mask = (nn.functional.pad(t, (0, 13)) for t in (text.ids, text.mask))
+    padded = replace(text.sentences, ids=ids, mask=mask, key="padded")
     with torch.no_grad():
         for ours, theirs in zip(model(image, padded), model(image), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
@@ -233,6 +232,8 @@ def test_aligned_concepts_are_the_fused_ones():
     with torch.no_grad():
         output = model(image_for(task))
         torch.testing.assert_close(model.project_text(output.concept_rows), output.concepts)
+        torch.testing.assert_close(concept_weights(output.concepts, output.vision), output.weights)
+        torch.testing.assert_close(aggregate_text(output.concepts, output.weights), output.text)
         other = model(image_for(task, seed=9))
     assert not torch.allclose(other.concept_rows, output.concept_rows, atol=1e-6), "rows must see the image"
 
@@ -249,8 +250,7 @@ def test_alignment_can_be_learned_from_scratch():
     losses = []
     for _ in range(60):
         output = network.model(image)
-        text = aggregate_text(output.concepts, concept_weights(output.concepts, output.vision))
-        losses.append(alignment_loss(text, output.concepts, output.vision))
+        losses.append(alignment_loss(output.text, output.concepts, output.vision))
         optimizer.zero_grad()
         losses[-1].backward()
         optimizer.step()

@@ -354,7 +354,7 @@ def test_a_new_file_under_an_old_number_is_read_again(served, task):
     for seed in (5, 6):
         engine.versions.publish(checkpoint(task, seed))
     segment()
-    assert not torch.equal(engine._model(None, "cpu").model.head.weight, first.head.weight)
+    assert not torch.equal(engine._model(None, "cpu").model.project_text.weight, first.project_text.weight)
 
 
 def test_changed_sentences_are_a_warning_in_the_result(served, task, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import zipfile
@@ -65,6 +66,8 @@ def load(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not a checkpoint of this app, it lacks {', '.join(sorted(missing))}")
     if checkpoint["format"] != FORMAT:
         raise CheckpointError(f"{path}: checkpoint format {checkpoint['format']}; this app reads format {FORMAT}")
+    with contextlib.suppress(KeyError, TypeError, AttributeError):  # `restore_model` says what is wrong with the task
+        checkpoint["task"]["model"].setdefault("head", "fixed")  # the only one there was
     return checkpoint
 
 
@@ -82,13 +85,23 @@ def load_tensors(path: Path) -> Any:
         raise DamagedCheckpoint(f"{path}: damaged, or no checkpoint: {brief(error)}") from error
 
 
-def restore_model(checkpoint: dict[str, Any], path: Path | str = "checkpoint") -> tuple[BiPVLSeg, Task]:
+def restore_model(
+    checkpoint: dict[str, Any], path: Path | str = "checkpoint", current: Task | None = None
+) -> tuple[BiPVLSeg, Task]:
     """Rebuild the network and the task that a checkpoint holds.
+
+    Args:
+        checkpoint: from `load`.
+        path: for messages.
+        current: the task as it is now, where `check_same_task` has passed it: a network with the text head gets its
+            classes, the new ones by their description (`Task.extended`).
 
     Raises:
         CheckpointError: weights that do not fit the network of its own task, or are not finite.
     """
     task = task_from_dict(checkpoint["task"], str(path))
+    if current is not None and task.model.head == "text" and task.overlapping == current.overlapping:
+        task = task.extended(current)
     try:
         model = build_model(task, text_assets(checkpoint))
         model.load_state_dict(checkpoint["model"])
@@ -108,22 +121,29 @@ def check_same_task(checkpoint: dict[str, Any], task: Task, path: Path | str = "
     """Refuse a checkpoint whose weights or values mean something else than the task's.
 
     Sentences and training settings may differ: weights stay meaningful, and the next round trains with the new ones.
+    With the text head classes may differ too, because they are known by their sentences alone.
 
     Raises:
         CheckpointError: naming each difference.
     """
     theirs = task_from_dict(checkpoint["task"], str(path))
+    by_channel = (
+        ("classes", theirs.classes, task.classes),
+        ("label values", theirs.label_values, task.label_values),
+    )
+    reads = theirs.model.head == task.model.head == "text"
     differences = [
         f"{what} {a!r}, the server's task has {b!r}"
         for what, a, b in (
             ("task", theirs.name, task.name),
-            ("classes", theirs.classes, task.classes),
-            ("label values", theirs.label_values, task.label_values),
+            *(() if reads else by_channel),
+            ("overlapping classes", theirs.overlapping, task.overlapping),
             ("channels", theirs.channels, task.channels),
             ("vision backbone", theirs.model.vision, task.model.vision),
             ("Swin heads", theirs.model.swin_heads, task.model.swin_heads),
             ("feature size", theirs.model.feature_size, task.model.feature_size),
             ("fusion", theirs.model.fusion, task.model.fusion),
+            ("head", theirs.model.head, task.model.head),
             ("projection", theirs.model.projection, task.model.projection),
         )
         if a != b

@@ -116,6 +116,7 @@ class ModelSpec(_Model):
     fusion: Literal["bifusion", "identity"] = "bifusion"
     fusion_attention: Literal["windowed", "full"] = "windowed"
     projection: Annotated[int, Field(ge=8)] = 256
+    head: Literal["fixed", "text"] = "fixed"  # a channel a class (paper), or logits from the class's sentences
     checkpointing: bool = False
 
     @model_validator(mode="after")
@@ -141,6 +142,8 @@ class Training(_Model):
     hard_negatives: Annotated[int, Field(ge=1)] = 3
     temperature: Annotated[float, Field(gt=0)] = 0.2
     text_noise: Annotated[float, Field(ge=0)] = 0.01
+    drop_classes: Annotated[float, Field(ge=0, le=1)] = 0.3  # text head: share of steps that know some classes only
+    drop_concepts: Annotated[float, Field(ge=0, le=1)] = 0.0  # text head: share of steps that read some sentences only
     global_weight: Annotated[float, Field(ge=0)] = 1.0
     local_weight: Annotated[float, Field(ge=0)] = 1.0
     gate_margin: Annotated[float, Field(ge=0, le=1)] = 0.02  # how much Dice one class may lose in a round
@@ -377,6 +380,27 @@ class Task(_Model):
             text = classes[name]
             classes[name] = text.model_copy(update={"sentences": {**text.sentences, **sentences}})
         return self.model_copy(update={"concepts": self.concepts.model_copy(update={"classes": classes})})
+
+    def only(self, names: Sequence[str]) -> Task:
+        """This task with some of its classes, in its own order: what a network with the text head is asked for then.
+
+        Overlapping classes stay together: it takes all regions to tell the labels within them apart.
+        """
+        if self.overlapping:
+            return self
+        labels = {name: label for name, label in self.labels.items() if name in names}
+        texts = {name: text for name, text in self.concepts.classes.items() if name in names}
+        concepts = self.concepts.model_copy(update={"classes": texts})
+        return self.model_copy(update={"labels": labels, "concepts": concepts})
+
+    def extended(self, current: Task) -> Task:
+        """The task that a network with the text head was trained for, with the classes that its task has by now.
+
+        A class that it knows keeps the sentences that it was trained with; a new one brings its own.
+        """
+        texts = {name: self.concepts.classes.get(name, text) for name, text in current.concepts.classes.items()}
+        update = {"labels": current.labels, "regions": current.regions}
+        return self.model_copy(update={**update, "concepts": self.concepts.model_copy(update={"classes": texts})})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data from which `task_from_dict` rebuilds the task without any file."""

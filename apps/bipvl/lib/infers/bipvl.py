@@ -22,7 +22,7 @@ from lib import checkpoints
 from lib.checkpoints import CheckpointError, DamagedCheckpoint
 from lib.nets import BiPVLSeg, build_model
 from lib.segment import Prediction, predict
-from lib.tasks import ATTRIBUTES, Task, TaskError
+from lib.tasks import ATTRIBUTES, Task, TaskError, task_from_dict
 from lib.transforms import largest_components, load, restore
 from lib.versions import Versions
 
@@ -194,6 +194,8 @@ class BiPVLInfer(BasicInferTask):
                     f"concepts: this model reads the text format {task.model.text_format!r}, not attributes"
                 )
             task = task.with_concepts(options.concepts)
+        if task.model.head == "text":  # nothing is computed for classes that were not asked for
+            task = task.only(options.classes)
         run = _Run(options, loaded.version, loaded.model, task, loaded.warnings)
         return super().__call__({**chosen, "run": run}, callbacks)
 
@@ -209,7 +211,7 @@ class BiPVLInfer(BasicInferTask):
             overlap=run.options.overlap,
             window_batch=GPU_WINDOWS if device.startswith("cuda") else 1,
             tta=run.options.tta,
-            sentences=run.model.text.tokenize(run.task.text_rows()) if run.options.concepts else None,
+            sentences=run.model.text.tokenize(run.task.text_rows()),
         )
         return data
 
@@ -332,11 +334,14 @@ class BiPVLInfer(BasicInferTask):
         if key not in self._models or self._models[key].file != file:
             checkpoint = self.versions.read(version)
             checkpoints.check_same_task(checkpoint, self.task, path)
-            model, task = checkpoints.restore_model(checkpoint, path)
+            model, task = checkpoints.restore_model(checkpoint, path, self.task)
             warnings = []
+            new = [c for c in task.classes if c not in task_from_dict(checkpoint["task"], str(path)).classes]
+            if new:
+                warnings.append(f"version {version} never saw a label of {', '.join(new)}: found by description alone")
             if task.concepts.hash != self.task.concepts.hash:
                 warnings.append(f"version {version} reads the sentences it was trained with; the file has changed")
-                logger.warning("%s: %s", self.task.name, warnings[0])
+                logger.warning("%s: %s", self.task.name, warnings[-1])
             self._models[key] = _Loaded(version, model.to(device).eval(), task, file, warnings)
         return self._used(key)
 

@@ -19,7 +19,9 @@ import torch
 import torch.utils.checkpoint
 from monai.networks.layers import SkipConnection
 from monai.networks.nets import UNETR, BasicUNetPlusPlus, SwinUNETR, UNet
+from monai.networks.nets.swin_unetr import WindowAttention
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 STAGES = 4
 
@@ -59,6 +61,29 @@ class VisionBackbone(nn.Module, ABC):
         return self.decode(image, early, maps)
 
 
+class FusedWindowAttention(WindowAttention):
+    """MONAI's window attention, same parameters and result, through torch's fused kernel.
+
+    MONAI's own writes the scores of all windows to memory (343 x 343 a window, head and layer) and reads them again for
+    bias, mask, softmax and product, which is a sixth of the network's time on a CPU (docs/benchmarks.md).
+    """
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Windows (B*W, tokens, width) to the same shape; mask (W, tokens, tokens) is added to the scores."""
+        windows, tokens, width = x.shape
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        index = self.relative_position_index[:tokens, :tokens]  # type: ignore[index]
+        bias = self.relative_position_bias_table[index.reshape(-1)].view(tokens, tokens, -1)
+        scores = bias.permute(2, 0, 1).contiguous()[None]  # (1, heads, tokens, tokens)
+        if mask is not None:  # one a window: windows go where heads are, so that all samples share one mask
+            scores = (scores + mask[:, None]).flatten(0, 1)[None]
+            q, k, v = (t.reshape(windows // len(mask), -1, tokens, t.shape[-1]) for t in (q, k, v))
+        dropout = self.attn_drop.p if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, scores.to(q.dtype), dropout, scale=self.scale)
+        x = x.reshape(windows, self.num_heads, tokens, -1).transpose(1, 2).reshape(windows, tokens, width)
+        return self.proj_drop(self.proj(x))
+
+
 class SwinUNETRBackbone(VisionBackbone):
     """MONAI's Swin UNETR. A stage is its blocks and the patch merging after them (V2: the residual convolution too)."""
 
@@ -73,6 +98,9 @@ class SwinUNETRBackbone(VisionBackbone):
             channels, 1, feature_size=d, num_heads=heads_of_stages, use_checkpoint=checkpointing, use_v2=v2
         )
         del self.net.out  # the model has its own head
+        for module in self.net.modules():
+            if isinstance(module, WindowAttention):
+                module.__class__ = FusedWindowAttention  # MONAI's blocks build it themselves
 
     def stem(self, image: Tensor) -> tuple[Tensor, Tensor]:
         swin = self.net.swinViT

@@ -213,10 +213,11 @@ class BiPVLTrain(BasicTrainTask):
         """AdamW in three groups: vision, language, and the sigmas, which do not decay.
 
         The paper has one rate, and so do the defaults. Narrow networks from scratch need a rate for the vision side at
-        which a BERT collapses (all sentences become one vector), so the language side has a rate of its own.
+        which a BERT collapses (all sentences become one vector), so the language side has a rate of its own. A head
+        that reads belongs to it.
         """
         model, recipe = context.network.model, self.task.training
-        vision = [*model.vision.parameters(), *model.head.parameters()]
+        vision = [*model.vision.parameters(), *(model.head.parameters() if self.task.model.head == "fixed" else ())]
         known = {id(p) for p in vision}
         language = [p for p in model.parameters() if id(p) not in known]
         groups: list[dict[str, Any]] = [

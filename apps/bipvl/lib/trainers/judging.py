@@ -106,7 +106,7 @@ def _served(
     if found is None:
         return None, None, None
     number, checkpoint = found
-    model, own_task = restore_model(checkpoint, versions.path(number))
+    model, own_task = restore_model(checkpoint, versions.path(number), task)
     if own_task.classes != task.classes or own_task.channels != task.channels:
         return None, number, f"cannot judge: version {number} has other classes or channels"
     return (model.to(device), own_task), number, None

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lib.alignment import aggregate_text, concept_weights
 from lib.losses import (
     UncertaintyWeights,
     class_embedding_loss,
@@ -16,6 +15,7 @@ from lib.losses import (
     segmentation_loss,
 )
 from lib.nets.bipvl import BiPVLSeg
+from lib.nets.text import Sentences
 from lib.tasks import Task
 
 LOSSES = ("segmentation", "class_embedding", "alignment")
@@ -38,10 +38,21 @@ class TrainingNetwork(nn.Module):
             label: (B, 1, H, W, D) class indices, or (B, C, H, W, D) regions where classes overlap.
             annotated: (B, C) boolean, the classes that each label was drawn for; None for all. The others are left out
                 of the segmentation loss and of the alignment. The class embedding follows the decoder, not the label.
+
+        With the text head some training steps know some of the classes only, or read some of the concepts only
+        (`drop_classes`, `drop_concepts`): what the label shows of the others is background.
         """
         task, recipe = self.task, self.task.training
-        output = self.model(image)
-        present = _present(label, len(task.classes), task.overlapping)
+        sentences: Sentences | None = None
+        classes = torch.arange(len(task.classes))
+        if self.training and task.model.head == "text":
+            concepts = torch.arange(len(task.text_rows()[0]))
+            classes, concepts = _some(classes, recipe.drop_classes), _some(concepts, recipe.drop_concepts)
+            sentences = self.model.text.sentences.select(classes, concepts)
+            label = _only(label, classes, len(task.classes), task.overlapping)
+            annotated = None if annotated is None else annotated[:, classes]
+        output = self.model(image, sentences)
+        present = _present(label, len(classes), task.overlapping)
         if annotated is not None:
             present = present & annotated
             # Marginal probabilities cost memory: the plain loss does where nothing is left out.
@@ -50,13 +61,12 @@ class TrainingNetwork(nn.Module):
         segmentation = segmentation_loss(output.logits, label, task.overlapping, annotated)
         embedding = class_embedding_loss(output.class_map, output.logits, overlapping=task.overlapping)
 
-        concepts, vision = output.concepts.float(), output.vision.float()
-        text = aggregate_text(concepts, concept_weights(concepts, vision))
+        vision, text = output.vision.float(), output.text
         if self.training:  # Gaussian noise on T and V, on the unit vectors that the losses compare
             text = self._noisy(text)
             vision = self._noisy(vision)
         global_part = global_alignment_loss(text, vision, recipe.temperature, present)
-        local_part = local_alignment_loss(concepts, vision, recipe.hard_negatives, recipe.temperature, present)
+        local_part = local_alignment_loss(output.concepts, vision, recipe.hard_negatives, recipe.temperature, present)
         alignment = recipe.global_weight * global_part + recipe.local_weight * local_part  # Eq. (9)
 
         total = self.uncertainty([segmentation, embedding, alignment])
@@ -81,6 +91,25 @@ class TrainingNetwork(nn.Module):
 def unwrapped(network: Any) -> TrainingNetwork:
     """The network itself, also where several GPUs train it."""
     return network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
+
+
+def _some(numbers: Tensor, share: float) -> Tensor:
+    """All of the numbers, or in a `share` of the calls a random subset of random size, never empty, in order."""
+    if len(numbers) == 1 or torch.rand(()) >= share:
+        return numbers
+    size = int(torch.randint(1, len(numbers), ()))
+    return numbers[torch.randperm(len(numbers))[:size].sort().values]
+
+
+def _only(label: Tensor, classes: Tensor, count: int, overlapping: bool) -> Tensor:
+    """A label of `count` classes as one of the given classes alone."""
+    if len(classes) == count:
+        return label
+    if overlapping:
+        return label[:, classes.to(label.device)]
+    table = torch.zeros(1 + count, dtype=torch.long)
+    table[1 + classes] = torch.arange(1, 1 + len(classes))
+    return table.to(label.device)[label.long()]
 
 
 def _present(label: Tensor, classes: int, overlapping: bool) -> Tensor:

@@ -1,0 +1,203 @@
+"""The text head: a class is its sentences and nothing else."""
+
+import pytest
+import torch
+
+from helpers import tiny_overlapping_task, tiny_task
+from lib.nets import build_model
+from lib.nets.heads import TextClassEmbedding, TextHead
+from lib.trainers.objective import TrainingNetwork
+
+PATCH = (64, 32, 32)
+
+
+def task_for(overlapping=False, training=None, **model):
+    make = tiny_overlapping_task if overlapping else tiny_task
+    settings = {"vision": "unet", "feature_size": 4, "head": "text", **model}
+    return make(patch=PATCH, model=settings, training=training or {})
+
+
+def model_for(task, seed=0):
+    torch.manual_seed(seed)
+    return build_model(task)
+
+
+def image_for(task, batch=1, seed=1):
+    return torch.randn(batch, len(task.channels), *PATCH, generator=torch.Generator().manual_seed(seed))
+
+
+def label_for(task, batch=1, seed=2):
+    generator = torch.Generator().manual_seed(seed)
+    if task.overlapping:
+        return torch.randint(0, 2, (batch, len(task.classes), *PATCH), generator=generator)
+    return torch.randint(0, len(task.classes) + 1, (batch, 1, *PATCH), generator=generator)
+
+
+# The heads alone
+
+
+@pytest.mark.parametrize("overlapping", [False, True])
+def test_logits_are_features_times_what_the_text_says(overlapping):
+    """Width 4: text e1 says weights (2, 0, 0, 0) and bias 1; e2 says (0, 0, 4, 0) and bias -1."""
+    head = TextHead(4, 2, overlapping)
+    head.mlp = torch.nn.Linear(2, 5, bias=False)
+    with torch.no_grad():
+        head.mlp.weight.copy_(torch.tensor([[2.0, 0, 0, 0, 1], [0, 0, 4, 0, -1]]).T)
+        if not overlapping:
+            head.background.copy_(torch.tensor([0.0, 6, 0, 0, 0.5]))
+        features = torch.tensor([3.0, 5, 7, 9]).view(1, 4, 1, 1, 1).expand(1, 4, 2, 1, 1)
+        logits = head(features, torch.eye(2)[None])[0, :, 0, 0, 0]
+    expected = [2 * 3 / 2 + 1, 4 * 7 / 2 - 1]  # the scale is one over the root of the width, 1/2
+    torch.testing.assert_close(logits, torch.tensor(expected if overlapping else [6 * 5 / 2 + 0.5, *expected]))
+
+
+@pytest.mark.parametrize("overlapping", [False, True])
+def test_class_map_compares_each_place_with_the_mean_concept(overlapping):
+    embedding = TextClassEmbedding(8, 6, overlapping).eval()
+    v4, concepts = torch.randn(2, 8, 3, 3, 3), torch.randn(2, 5, 4, 6)
+    with torch.no_grad():
+        class_map, vectors = embedding(v4, concepts)
+        query = embedding.mlp(embedding.norm(v4[1, :, 2, 0, 1]))
+        key = embedding.key(concepts[1, 3].mean(0))
+    first = 0 if overlapping else 1
+    assert class_map.shape == (2, first + 5, 3, 3, 3)
+    torch.testing.assert_close(class_map[1, first + 3, 2, 0, 1], query @ key / 2)  # 4 numbers a query
+    torch.testing.assert_close(vectors, class_map[:, first:].flatten(2))  # a map of 3 x 3 x 3 is its own grid
+
+
+# In the network
+
+
+@pytest.mark.parametrize("overlapping", [False, True])
+@pytest.mark.parametrize("vision", ["unet", "swin_unetr"])
+def test_permuted_sentences_permute_the_masks(vision, overlapping):
+    """No training, and nothing else in the network knows a class by its number: every output follows its sentences."""
+    task = task_for(overlapping, vision=vision, feature_size=12)
+    model, image = model_for(task).eval(), image_for(task)
+    order, rows = [2, 0, 1], task.text_rows()
+    with torch.no_grad():
+        straight = model(image)
+        moved = model(image, model.text.tokenize([rows[i] for i in order]))
+    channels = order if overlapping else [0, *(1 + i for i in order)]
+    for name in ("logits", "class_map"):
+        ours, theirs = getattr(moved, name), getattr(straight, name)
+        torch.testing.assert_close(ours, theirs[:, channels], rtol=1e-3, atol=1e-4)
+        assert not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-3), f"{name} must tell the classes apart"
+    for name in ("concept_rows", "concepts", "vision", "weights", "text"):
+        torch.testing.assert_close(getattr(moved, name), getattr(straight, name)[:, order], rtol=1e-3, atol=1e-4)
+
+
+def test_some_classes_are_asked_for():
+    """Only their rows are read and only their channels computed. Without fusion the image never hears of the others,
+    and the logits are those of the whole; with fusion it does (V attends to all rows), which class dropping trains."""
+    for fusion in ("identity", "bifusion"):
+        task = task_for(fusion=fusion)
+        model, image = model_for(task).eval(), image_for(task)
+        some = model.text.tokenize([task.text_rows()[i] for i in (0, 2)])
+        with torch.no_grad():
+            whole, part = model(image).logits[:, [0, 1, 3]], model(image, some).logits
+        assert part.shape == whole.shape
+        if fusion == "identity":
+            torch.testing.assert_close(part, whole, rtol=1e-4, atol=1e-5)
+        else:
+            assert 0 < (part - whole).norm() / whole.norm() < 0.5
+
+
+def test_one_class_and_twenty_through_the_same_weights():
+    task = task_for()
+    model, image = model_for(task).eval(), image_for(task)
+    with torch.no_grad():
+        for count in (1, 20):
+            rows = [[f"thing {i}, part {k}" for k in range(6)] for i in range(count)]
+            output = model(image, model.text.tokenize(rows))
+            assert output.logits.shape == (1, 1 + count, *PATCH)
+            assert all(torch.isfinite(part).all() for part in output)
+
+
+@pytest.mark.parametrize("text_format", ["concepts", "ambiguous", "definition", "name"])
+def test_every_text_format(text_format):
+    task = task_for(text_format=text_format, scratch={"layers": 4, "width": 16, "heads": 2, "max_tokens": 128})
+    network = TrainingNetwork(model_for(task), task).train()
+    parts = network(image_for(task), label_for(task))
+    parts["loss"].backward()
+    assert all(torch.isfinite(v) for v in parts.values())
+
+
+@pytest.mark.parametrize("overlapping", [False, True])
+@pytest.mark.parametrize("vision", ["unet", "swin_unetr"])
+def test_gradients_reach_every_parameter(vision, overlapping):
+    task = task_for(overlapping, {"drop_classes": 0.0}, vision=vision, feature_size=12)
+    network = TrainingNetwork(model_for(task), task).train()
+    network(image_for(task, 2), label_for(task, 2))["loss"].backward()
+    silent = [n for n, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not silent, f"never trained: {silent[:5]}"
+
+
+@pytest.mark.parametrize("overlapping", [False, True])
+def test_bfloat16_and_one_class_leave_everything_finite_and_in_the_graph(overlapping):
+    """Several GPUs wait for a gradient of every parameter, also in a step that knows one class only."""
+    task = task_for(overlapping, {"drop_classes": 1.0, "drop_concepts": 1.0})
+    network = TrainingNetwork(model_for(task), task).train()
+    image, label = image_for(task), label_for(task)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        network.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            parts = network(image, label)
+        parts["loss"].backward()
+        assert all(torch.isfinite(v) for v in parts.values())
+        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in network.parameters())
+
+
+# Training with some of the classes
+
+
+def test_steps_that_know_some_classes_only(monkeypatch):
+    """The others are background; a label that was not drawn for a class stays so; the text is read once."""
+    task = task_for(training={"drop_classes": 1.0, "drop_concepts": 1.0})
+    network = TrainingNetwork(model_for(task), task).train()
+    seen = []
+
+    def spy(logits, label, overlapping, annotated):
+        seen.append((logits.shape[1], label, annotated))
+        return logits.mean()
+
+    monkeypatch.setattr("lib.trainers.objective.segmentation_loss", spy)
+    monkeypatch.setattr("lib.trainers.objective._some", lambda numbers, share: numbers[[0, 2]])
+    label = torch.arange(4).view(1, 1, 4, 1, 1).repeat(1, 1, 16, 32, 32)
+    passes = network.model.text.token_passes
+    network(image_for(task), label, torch.tensor([[True, False, True]]))
+    network(image_for(task), label, torch.tensor([[False, True, True]]))
+    assert network.model.text.token_passes == passes + 2
+    (channels, first, declared), (_, _, partly) = seen
+    assert channels == 3
+    assert first[0, 0, :4, 0, 0].tolist() == [0, 1, 0, 2]
+    assert declared is None, "all that is left was declared"
+    assert partly.tolist() == [[False, True]]
+    network.eval()
+    network(image_for(task), label)
+    assert seen[-1][0] == 4, "validation knows every class"
+
+
+def test_share_and_size_of_what_is_dropped():
+    from lib.trainers.objective import _some
+
+    torch.manual_seed(0)
+    numbers = torch.arange(5)
+    drawn = [_some(numbers, 0.4).tolist() for _ in range(1000)]
+    part = [d for d in drawn if len(d) < 5]
+    assert 330 < len(part) < 470
+    assert {len(d) for d in part} == {1, 2, 3, 4}
+    assert all(d == sorted(set(d)) for d in drawn)
+    assert {n for d in part for n in d} == set(range(5))
+    assert _some(numbers[:1], 1.0).tolist() == [0]
+    assert all(len(_some(numbers, 0.0)) == 5 for _ in range(50))
+
+
+def test_the_fixed_head_drops_nothing(monkeypatch):
+    task = task_for(head="fixed", training={"drop_classes": 1.0})
+    network = TrainingNetwork(model_for(task), task).train()
+    monkeypatch.setattr(
+        "lib.trainers.objective._some", lambda *_: pytest.fail("the fixed head has one channel a class")
+    )
+    network(image_for(task), label_for(task))
