@@ -24,6 +24,7 @@ from lib import checkpoints
 from lib.cases import audit, image_id
 from lib.files import write_json
 from lib.nets import TextAssets, build_model
+from lib.report import Examined
 from lib.split import split_cases
 from lib.tasks import Task
 from lib.trainers import rounds
@@ -119,7 +120,7 @@ class BiPVLTrain(BasicTrainTask):
                 f"all {len(by_id)} labelled case(s) are kept for validation ({self.folder / 'split.json'}); "
                 "label another case"
             )
-        this = Round(report, [by_id[i] for i in training], [by_id[i] for i in validation])
+        this = Round(report, [by_id[i] for i in training], [by_id[i] for i in validation], Examined(self.task))
         this.identity = rounds.identity(self.task, request, training, validation)
         run = self.folder / request["name"]
         if request["resume"]:
@@ -210,22 +211,9 @@ class BiPVLTrain(BasicTrainTask):
         return network
 
     def optimizer(self, context: Context) -> torch.optim.Optimizer:
-        """AdamW in three groups: vision, language, and the sigmas, which do not decay.
-
-        The paper has one rate, and so do the defaults. Narrow networks from scratch need a rate for the vision side at
-        which a BERT collapses (all sentences become one vector), so the language side has a rate of its own. A head
-        that reads belongs to it.
-        """
-        model, recipe = context.network.model, self.task.training
-        vision = [*model.vision.parameters(), *(model.head.parameters() if self.task.model.head == "fixed" else ())]
-        known = {id(p) for p in vision}
-        language = [p for p in model.parameters() if id(p) not in known]
-        groups: list[dict[str, Any]] = [
-            {"params": vision},
-            {"params": language, "lr": recipe.language_learning_rate},
-            {"params": list(context.network.uncertainty.parameters()), "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(groups, lr=float(context.request["learning_rate"]), weight_decay=recipe.weight_decay)
+        groups = unwrapped(context.network).parameter_groups()
+        rate, decay = float(context.request["learning_rate"]), self.task.training.weight_decay
+        return torch.optim.AdamW(groups, lr=rate, weight_decay=decay)
 
     def loss_function(self, context: Context) -> None:
         return None  # the loss is part of TrainingNetwork
@@ -324,7 +312,7 @@ class BiPVLTrain(BasicTrainTask):
         rounds.restore(context, stop)
         if context.local_rank != 0:
             return
-        tracker = Tracker(context, self.task, str(this.fold or ""), (this.saved or {}).get("state", {}).get("losses"))
+        tracker = Tracker(context, self.task, str(this.fold or ""), (this.saved or {}).get("state", {}).get("history"))
         best = Path(context.output_dir) / rounds.BEST
         interval = int(context.request["val_interval"])
 
@@ -336,7 +324,7 @@ class BiPVLTrain(BasicTrainTask):
             write_json(Path(self._stats_path), {**tracker.stats(), "audit": this.audit})
             epoch, last = engine.state.epoch, engine.state.max_epochs
             if (epoch == 1 or epoch % interval == 0) and epoch != last:
-                rounds.save_progress(context, rounds.snapshot(context, tracker.losses, stop))
+                rounds.save_progress(context, rounds.snapshot(context, tracker.history, stop))
 
         def finish(_: Engine) -> None:
             if this.fold:
@@ -372,7 +360,7 @@ class BiPVLTrain(BasicTrainTask):
     def _finish_fold(self, context: Context) -> None:
         this: Round = context.request["round"]
         assert this.fold is not None and this.cross_validation is not None
-        found = score_cases(unwrapped(context.network).model, self.task, [this.fold.held_out])
+        found = score_cases(unwrapped(context.network).model, self.task, [this.fold.held_out], this.examined)
         this.cross_validation["scores"] |= found.dice
         this.cross_validation["shown"] |= found.shown
         (dice,) = found.dice.values()

@@ -15,6 +15,7 @@ from lib.losses import (
     segmentation_loss,
 )
 from lib.nets.bipvl import BiPVLSeg
+from lib.nets.heads import FixedHead
 from lib.nets.text import Sentences
 from lib.tasks import Task
 
@@ -78,6 +79,27 @@ class TrainingNetwork(nn.Module):
             "alignment_global": global_part.detach(),
             "alignment_local": local_part.detach(),
         }
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Vision at the optimiser's rate, language at its own, and the sigmas, which do not decay.
+
+        The paper has one rate, and so do the defaults. Narrow networks from scratch need a rate for the vision side at
+        which a BERT collapses (all sentences become one vector), so the language side has a rate of its own. A head
+        that reads belongs to it.
+        """
+        model = self.model
+        vision: list[nn.Parameter] = list(model.vision.parameters())
+        if isinstance(model.head, FixedHead):
+            vision += model.head.parameters()
+        known = {id(p) for p in vision}
+        return [
+            {"params": vision},
+            {
+                "params": [p for p in model.parameters() if id(p) not in known],
+                "lr": self.task.training.language_learning_rate,
+            },
+            {"params": list(self.uncertainty.parameters()), "weight_decay": 0.0},
+        ]
 
     def sigmas(self) -> dict[str, float]:
         values = self.uncertainty.sigma.tolist()
