@@ -9,16 +9,15 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import nibabel
 import numpy as np
 from monai.utils import set_determinism
 from monailabel.interfaces.tasks.infer_v2 import InferType
 from monailabel.tasks.infer.basic_infer import BasicInferTask
 from monailabel.utils.others.generic import device_list, name_to_device, strtobool
 
-from lib import checkpoints
+from lib import checkpoints, maskfiles
 from lib.checkpoints import CheckpointError, DamagedCheckpoint
 from lib.nets import BiPVLSeg, build_model
 from lib.segment import Prediction, predict
@@ -29,10 +28,6 @@ from lib.versions import Versions
 logger = logging.getLogger(__name__)
 
 LOADED_MODELS = 2  # the served version and one that somebody compares it with
-GEOMETRY_FIELDS = (
-    *("qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
-    *("srow_x", "srow_y", "srow_z"),
-)
 GPU_WINDOWS = 4  # windows a forward pass on a GPU; on a CPU batching windows gains nothing
 
 
@@ -261,15 +256,14 @@ class BiPVLInfer(BasicInferTask):
         }
 
     def writer(self, data: dict[str, Any], extension: str | None = None, dtype: Any = None) -> tuple[Any, Any]:
-        """NIfTI with exactly the image's affine; other formats through MONAI Label's writer."""
+        """NIfTI and NRRD by ourselves, MetaImage through MONAI Label's writer."""
         mask = data["pred"]
         source = str(data.get("image_path", ""))
         suffix = extension or data.get("result_extension") or (".nii" if source.endswith(".nii") else ".nii.gz")
-        if suffix not in (".nii", ".nii.gz") or not strtobool(str(data.get("result_write_to_file", True))):
+        if suffix not in maskfiles.SUFFIXES or not strtobool(str(data.get("result_write_to_file", True))):
             return super().writer({**data, "result_dtype": mask.dtype}, extension, mask.dtype)
-        image = _nifti(mask, data["pred_meta_dict"]["affine"], source)
         with tempfile.NamedTemporaryFile(suffix=suffix, delete=False) as file:
-            nibabel.save(image, file.name)
+            maskfiles.write_mask(Path(file.name), mask, data["pred_meta_dict"]["affine"], source, self.task.labels)
         return file.name, data["result"]
 
     # Models -------------------------------------------------------------------------------------------------------
@@ -365,29 +359,12 @@ class BiPVLInfer(BasicInferTask):
     clear = clear_cache
 
 
-def _nifti(mask: np.ndarray, affine: np.ndarray, source: str) -> nibabel.Nifti1Image:
-    """The mask as NIfTI. The geometry of a NIfTI source is copied field by field: an affine that the header keeps as a
-    quaternion would change in the last digits if it were written as a matrix."""
-    if not source.endswith((".nii", ".nii.gz")):
-        image = nibabel.Nifti1Image(mask, affine)
-        image.set_qform(affine, code=1)
-        return image
-    geometry = cast(nibabel.Nifti1Image, nibabel.load(source)).header
-    header = nibabel.Nifti1Header()
-    header.set_data_dtype(mask.dtype)
-    header.set_data_shape(mask.shape)
-    header["pixdim"][:4] = geometry["pixdim"][:4]
-    header["xyzt_units"] = geometry["xyzt_units"]
-    for name in GEOMETRY_FIELDS:
-        header[name] = geometry[name]
-    return nibabel.Nifti1Image(mask, None, header)
-
-
 def _boolean(request: dict[str, Any], key: str) -> bool:
+    value = request.get(key)
     try:
-        return bool(strtobool(request.get(key, False)))
+        return value not in (None, "") and bool(strtobool(str(value)))
     except ValueError:
-        raise ValueError(f"{key}: expected true or false, got {request[key]!r}") from None
+        raise ValueError(f"{key}: expected true or false, got {value!r}") from None
 
 
 def _names(wanted: Any, task: Task) -> tuple[str, ...]:
