@@ -93,11 +93,19 @@ class BiPVLTrain(BasicTrainTask):
             ValueError: no usable labelled case (with a table of what is wrong with each), an option out of range, a
                 round that cannot be resumed, or another round of this task is running.
         """
+        with rounds.only_round(self.folder / "train", self.task.name):
+            super().__call__(self.checked(request), datastore)
+        return self.stats()
+
+    def checked(self, request: dict[str, Any]) -> dict[str, Any]:
+        """A request's options and the defaults of the others.
+
+        Raises:
+            ValueError: naming the option and what is valid.
+        """
         # A client may send back an option's whole list of choices: its first entry is meant.
         chosen = {k: v[0] if isinstance(v, list) and v else v for k, v in {**self._config, **request}.items()}
-        with rounds.only_round(self.folder / "train", self.task.name):
-            super().__call__(rounds.checked(chosen), datastore)
-        return self.stats()
+        return rounds.checked(chosen)
 
     def pre_process(self, request: dict[str, Any], datastore: Datastore) -> list[dict[str, Any]]:
         cases = [{**case, "id": case.get("id") or image_id(case["image"])} for case in datastore.datalist()]
