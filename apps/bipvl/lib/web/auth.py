@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lib.web.accounts import Accounts, AuthUnavailable, User
+from lib.web.downloads import Downloads
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ class Authenticator:
     def __init__(self, accounts: Accounts, throttle: Throttle | None = None) -> None:
         self._accounts = accounts
         self._throttle = throttle or Throttle()
+        self.downloads = Downloads()
         self._key = secrets.token_bytes(32)
         self._cache: OrderedDict[bytes, tuple[str, float]] = OrderedDict()  # of HTTP Basic: keyed hash -> token, until
         self._locks: dict[str, tuple[asyncio.Lock, int]] = {}

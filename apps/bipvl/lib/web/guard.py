@@ -12,6 +12,7 @@ import re
 import socket
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
+from urllib.parse import parse_qs
 
 from starlette.exceptions import HTTPException
 
@@ -135,6 +136,9 @@ class Guard:
             except Refusal:
                 if not local:
                     raise
+        elif scope["method"] == "GET" and _path(scope) == "/datastore/image":
+            images = parse_qs(scope["query_string"].decode("latin-1")).get("image", [])
+            user = self._auth.downloads.take(address, images[0]) if len(images) == 1 and not local else None
         if user:
             return user
         if local:

@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections import deque
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,8 +21,10 @@ from monailabel.config import settings
 from monailabel.interfaces.tasks.batch_infer import BatchInferImageType
 from monailabel.utils.async_tasks.task import AsyncTask
 from monailabel.utils.async_tasks.utils import tasks
+from monailabel.utils.others.generic import file_checksum
 
-from lib.web import uploads
+from lib.cases import SUFFIXES
+from lib.web import choices, uploads
 from lib.web.accounts import User
 from lib.web.common import ERRORS, Services, checked, choice, current_user, known_image
 from lib.web.guard import address_of
@@ -32,6 +35,7 @@ Asker = Annotated[User, Depends(current_user)]
 Params = Annotated[dict[str, Any] | None, Body()]
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 LOG_LINES = 10_000
+WORK = {"train": "training", "batch_infer": "batch inference", "scoring": "scoring"}  # the words for it
 TASK_LOCK = threading.Lock()  # two starts at once must not both find nothing running
 
 
@@ -49,8 +53,8 @@ def task_routes(services: Services) -> APIRouter:
 
     @routes.post("/activelearning/{strategy}", tags=["ActiveLearning"], summary="The image to annotate next")
     def next_sample(request: Request, user: Asker, strategy: str, params: Params = None) -> dict[str, Any]:
-        choice("strategy", strategy, app._strategies)
-        given = checked(params or {})
+        config = choice("strategy", strategy, app._strategies).info().get("config", {})
+        given = choices.typed(checked(params or {}), config)
         client = str(given.get("client_id") or "")
         who = f"{user.name if services.auth else address_of(request.scope)}/{client}"
         found = app.next_sample({**given, "strategy": strategy, "who": who})
@@ -62,7 +66,9 @@ def task_routes(services: Services) -> APIRouter:
             app.datastore().update_image_info(found["id"], {"strategy": noted})
         except (ValueError, OSError) as error:  # a read-only folder can still be looked through
             logger.warning("What was offered could not be noted: %s", error)
-        return {**found, **image_info}
+        if services.auth:
+            services.auth.downloads.allow(address_of(request.scope), found["id"], user)
+        return {**found, **image_info, **_download(found["id"], Path(found["path"]))}
 
     # Training, batches, scores ------------------------------------------------------------------------------------
 
@@ -189,6 +195,8 @@ def _task_status(routes: APIRouter, path: str, method: str, tag: str, summary: s
     @routes.get(path, tags=[tag], summary=summary)
     def status(all: bool = False, check_if_running: bool = False) -> Any:
         found, reason = AsyncTask.status(method, all, check_if_running)
+        if found is None and all and not check_if_running:
+            return []
         if found is None:
             raise HTTPException(404, reason)
         return [_plain(task) for task in found] if all and not check_if_running else _plain(found)
@@ -203,8 +211,8 @@ def _task_status(routes: APIRouter, path: str, method: str, tag: str, summary: s
 
 
 def _plain(task: dict[str, Any]) -> dict[str, Any]:
-    """A task for the answer: another thread goes on adding lines to its details."""
-    return {**task, "details": list(task["details"])} if "details" in task else dict(task)
+    """A task for the answer: another thread goes on adding lines to its details, of which 3D Slicer shows the last."""
+    return {**task, "details": list(task.get("details") or [task.get("status", "")])}
 
 
 def _start(method: str, request: dict[str, Any], run_sync: bool, queue: bool = False) -> dict[str, Any]:
@@ -213,8 +221,24 @@ def _start(method: str, request: dict[str, Any], run_sync: bool, queue: bool = F
     with TASK_LOCK:
         busy = any(task["status"] in ("SUBMITTED", "RUNNING") for task in tasks(method))
         if busy and not queue:
-            raise HTTPException(429, f"{method} is already running; wait, or stop it: DELETE")
+            raise HTTPException(429, f"{WORK[method]} is already running; wait until it ends, or stop it first")
         return _plain(AsyncTask.run(method, request=request, enqueue=True)[0])
+
+
+def _download(case: str, path: Path) -> dict[str, str]:
+    """What 3D Slicer needs to download an image: a file name, whose ending it reads the file by, and the checksum,
+    without which it takes another image of the same name out of its cache."""
+    if not path.is_file():
+        return {}
+    suffix = next(s for s in SUFFIXES if path.name.lower().endswith(s))
+    stat = path.stat()
+    return {"name": f"{case}{suffix}", "checksum": _checksum(path, stat.st_mtime_ns, stat.st_size)}
+
+
+@lru_cache(maxsize=10_000)
+def _checksum(path: Path, modified: int, size: int) -> str:
+    """Of a file as it is at a time and size, so that a changed file is read again."""
+    return file_checksum(path)
 
 
 def _train_request(app: Any, model: str, params: dict[str, Any], user: User) -> dict[str, Any]:
@@ -226,6 +250,8 @@ def _train_request(app: Any, model: str, params: dict[str, Any], user: User) -> 
     if not isinstance(name, str) or not RUN_NAME.fullmatch(name):
         raise HTTPException(400, f"name: expected letters, digits, - and _, got {name!r}")
     _check_gpus(request)
+    request = choices.typed(request, config)
+    trainer.checked(request)
     logger.info("Training of %s started by %r", model, user.name)
     return {**request, "model": model}
 
