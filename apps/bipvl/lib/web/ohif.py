@@ -22,19 +22,19 @@ _ASKED = "private, no-cache"
 # fonts of Google that its style sheet names neither delay it nor tell about it.
 _POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' blob: data:; frame-ancestors 'self'"
 
-# The panel MONAI Label asks port 8000 unless this cookie names a server, and cookies of all ports of a host are one.
-_OUR_SERVER = (
-    "<script>document.cookie = 'MONAILABEL_SERVER_URL=' + escape(location.origin + '/') +"
-    " '; path=/ohif; SameSite=Strict'</script>"
-)
+# What we add to the viewer: a module that runs before its own script, which reads the configuration that we extend.
+OURS = Path(__file__).parent / "static" / "ohif"
+_EXTENSION = '<script type="module" src="/ohif/bipvl/extension.js"></script>'
 
 
 def page(html: str) -> str:
-    """OHIF's page without fonts from the internet, with a manifest that is fetched with the login, and whose panel
-    MONAI Label talks to the server that the page comes from."""
+    """OHIF's page without fonts from the internet, with our mode, and a manifest that is fetched with the login."""
     html = re.sub(r'<link\b[^>]*\bhref="https?://[^>]*>', "", html)
     html = re.sub(r'(<link\b[^>]*\brel="manifest")', r'\1 crossorigin="use-credentials"', html)
-    return html.replace("<head>", f"<head>{_OUR_SERVER}", 1)
+    viewer = "<script defer"
+    if viewer not in html:
+        raise RuntimeError("the viewer's page has another structure than MONAI Label 0.8.5's: our panel finds no place")
+    return html.replace(viewer, _EXTENSION + viewer, 1)
 
 
 def router(folder: Path = FOLDER) -> APIRouter:
@@ -46,7 +46,7 @@ def router(folder: Path = FOLDER) -> APIRouter:
         folder: of the built viewer, with an `index.html`.
     """
     routes = APIRouter()
-    files = StaticFiles(directory=folder)
+    files, ours = StaticFiles(directory=folder), StaticFiles(directory=OURS)
     index = page((folder / "index.html").read_text(encoding="utf-8"))
 
     @routes.api_route("/ohif", methods=["GET", "HEAD"], include_in_schema=False)
@@ -58,7 +58,8 @@ def router(folder: Path = FOLDER) -> APIRouter:
     async def viewer(request: Request, path: str) -> Response:
         if path not in ("", "index.html"):
             try:
-                answer = await files.get_response(path, request.scope)
+                part = path.removeprefix("bipvl/")
+                answer = await (files if part == path else ours).get_response(part, request.scope)
             except StarletteHTTPException as error:
                 # /ohif/viewer, /ohif/monai-label and the like are pages, a missing script is none.
                 if error.status_code != 404 or PurePosixPath(path).suffix:

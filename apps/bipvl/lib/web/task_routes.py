@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +29,7 @@ from lib.web import choices, uploads
 from lib.web.accounts import User
 from lib.web.common import ERRORS, Services, checked, choice, current_user, known_image
 from lib.web.guard import address_of
+from lib.web.progress import with_progress
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +74,11 @@ def task_routes(services: Services) -> APIRouter:
 
     # Training, batches, scores ------------------------------------------------------------------------------------
 
-    _task_status(routes, "/train/", "train", "Train", "Status of training")
+    def training(task: dict[str, Any]) -> dict[str, Any]:
+        trainer = app._trainers.get(task["request"].get("model"))
+        return with_progress(_plain(task), trainer.stats() if trainer else {})
+
+    _task_status(routes, "/train/", "train", "Train", "Status of training", training)
     _task_status(routes, "/batch/infer", "batch_infer", "Infer", "Status of batch inference")
     _task_status(routes, "/scoring/", "scoring", "Scoring", "Status of scoring")
 
@@ -191,15 +197,24 @@ def task_routes(services: Services) -> APIRouter:
     return routes
 
 
-def _task_status(routes: APIRouter, path: str, method: str, tag: str, summary: str) -> None:
+def _task_status(
+    routes: APIRouter,
+    path: str,
+    method: str,
+    tag: str,
+    summary: str,
+    show: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> None:
+    shown = show or _plain
+
     @routes.get(path, tags=[tag], summary=summary)
     def status(all: bool = False, check_if_running: bool = False) -> Any:
-        found, reason = AsyncTask.status(method, all, check_if_running)
-        if found is None and all and not check_if_running:
-            return []
+        if all and not check_if_running:
+            return [shown(task) for task in tasks(method)]
+        found, reason = AsyncTask.status(method, check_if_running=check_if_running)
         if found is None:
             raise HTTPException(404, reason)
-        return [_plain(task) for task in found] if all and not check_if_running else _plain(found)
+        return shown(found)
 
     @routes.delete(path, tags=[tag], summary="Stop it")
     def stop() -> Any:
@@ -207,7 +222,7 @@ def _task_status(routes: APIRouter, path: str, method: str, tag: str, summary: s
             stopped = AsyncTask.stop(method)
         except (psutil.NoSuchProcess, StopIteration):  # it ended at this moment
             stopped = None
-        return _plain(stopped) if stopped else None
+        return shown(stopped) if stopped else None
 
 
 def _plain(task: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,101 @@
+/** Requests to the server that this page comes from. Every failure is an Error whose message a person can act on. */
+
+/** The server said no, or nothing at all (status 0). */
+export class Refusal extends Error {
+  constructor(message, status) {
+    super(message)
+    this.status = status
+  }
+}
+
+async function request(method, path, { query = {}, body, json } = {}) {
+  const url = new URL(path, location.origin)
+  for (const [key, value] of Object.entries(query)) url.searchParams.set(key, value)
+  const options = { method, body, credentials: 'same-origin' }
+  if (json !== undefined) Object.assign(options, { body: JSON.stringify(json), headers: { 'Content-Type': 'application/json' } })
+  let response
+  try {
+    response = await fetch(url, options)
+  } catch {
+    throw new Refusal('The server does not answer. Your drawing is still here: try again in a moment.', 0)
+  }
+  if (response.ok) return response
+  throw new Refusal(await reason(response), response.status)
+}
+
+/** Our routes answer every error with {"detail": "a sentence"}; a proxy in between may answer with a page of its own. */
+async function reason(response) {
+  const text = await response.text().catch(() => '')
+  try {
+    const { detail } = JSON.parse(text)
+    if (typeof detail === 'string' && detail) return detail[0].toUpperCase() + detail.slice(1)
+  } catch {
+    // no JSON: the status is all there is to say
+  }
+  if (response.status === 401) return 'You are not logged in any more. Log in in another tab of this browser, then try again.'
+  return `The server answered ${response.status} ${response.statusText}`.trim() + '; its log says more.'
+}
+
+/** What the server can do: tasks, options, strategies, counts. */
+export const info = async () => (await request('GET', '/info/')).json()
+
+/**
+ * Segment a series.
+ * @returns {{mask: ArrayBuffer, result: object}} a NIfTI file, and what the server says about it
+ */
+export async function infer(task, series, options) {
+  const form = new FormData()
+  form.set('params', JSON.stringify({ ...options, result_extension: '.nii.gz' }))
+  const path = `/infer/${encodeURIComponent(task)}`
+  const response = await request('POST', path, { query: { image: series, output: 'all' }, body: form })
+  const parts = await response.formData()
+  const text = parts.get('params')
+  const result = JSON.parse(typeof text === 'string' ? text : await text.text())
+  return { mask: await parts.get('image').arrayBuffer(), result }
+}
+
+/** Save a NIfTI file as the final label of a series. */
+export async function submit(series, file, params) {
+  const form = new FormData()
+  form.set('params', JSON.stringify(params))
+  form.set('label', file, 'label.nii.gz')
+  const query = { image: series, tag: 'final' }
+  return (await request('PUT', '/datastore/label', { query, body: form })).json()
+}
+
+/** The final label of a series as a NIfTI file, or null where there is none. */
+export async function label(series) {
+  try {
+    const response = await request('GET', '/datastore/label', { query: { label: series, tag: 'final' } })
+    return await response.arrayBuffer()
+  } catch (error) {
+    if (error.status === 404) return null
+    throw error
+  }
+}
+
+/** The case to annotate next by a strategy; null where none is left. */
+export async function next(strategy) {
+  const path = `/activelearning/${encodeURIComponent(strategy)}`
+  const found = await (await request('POST', path, { json: { client_id: client() } })).json()
+  return found.id ? found : null
+}
+
+/** Tells two annotators apart who share an address and have no accounts: the server leases cases to this name. */
+function client() {
+  const key = 'bipvl-client'
+  const name = localStorage.getItem(key) ?? `ohif-${Math.random().toString(36).slice(2, 10)}`
+  localStorage.setItem(key, name)
+  return name
+}
+
+export const startTraining = async (task, options) =>
+  (await request('POST', `/train/${encodeURIComponent(task)}`, { json: options })).json()
+
+export const stopTraining = async () => (await request('DELETE', '/train/')).json()
+
+/** The latest training of this server's life, with its progress; null where there was none. */
+export async function training() {
+  const all = await (await request('GET', '/train/', { query: { all: true } })).json()
+  return all.at(-1) ?? null
+}
