@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,10 @@ from lib.web.sessions import Sessions
 
 logger = logging.getLogger(__name__)
 
+VERSION = "0.1.0"
 DEFAULT_TASK = "quickstart"
 TASK_KEYS = ("patch", "spacing", "overlap")
 APP_KEYS = ("models", "config", "model_dir", "lease_minutes", "server_mode")
-stock.DICOMWebDatastore = DicomStore  # type: ignore[misc]  # MONAI Label's app connects to the archive and builds it
 
 
 class BiPVLApp(MONAILabelApp):
@@ -61,13 +62,16 @@ class BiPVLApp(MONAILabelApp):
             conf=conf,
             name=f"BiPVL Label - {', '.join(self.tasks)}",
             description="Text-guided 3D segmentation with BiPVL-Seg: correct the mask, press train, get a better one",
-            version="0.1.0",
+            version=VERSION,
         )
 
     def init_datastore(self) -> Datastore:
         if self.studies.startswith(("http://", "https://")):
+            # MONAI Label's app connects to the archive and builds the store of this name.
+            store = partial(DicomStore, tasks=tuple(self.tasks.values()), software=VERSION)
+            stock.DICOMWebDatastore = store  # type: ignore[misc]
             return super().init_datastore()
-        return LocalStore(self.studies, read_only=settings.MONAI_LABEL_DATASTORE_READ_ONLY)
+        return LocalStore(self.studies, settings.MONAI_LABEL_DATASTORE_READ_ONLY, tuple(self.tasks.values()))
 
     def on_init_complete(self) -> None:
         """Called by MONAI Label's server only, before it accepts connections."""
@@ -131,6 +135,8 @@ class BiPVLApp(MONAILabelApp):
         if not isinstance(image, str) or image not in store.list_images():
             raise HTTPException(404, f"unknown image {image!r}; the datastore has {len(store.list_images())} images")
         result = self.infer_file(request, Path(store.get_image_uri(image)))
+        if isinstance(store, DicomStore):
+            store.propose(image, request["model"], result["params"]["model_version"], Path(result["file"]))
         if request.get("save_label"):
             info = {"model": request["model"], "params": result["params"]}
             store.save_label(image, result["file"], request.get("label_tag") or "original", info)

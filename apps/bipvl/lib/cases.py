@@ -1,7 +1,8 @@
 """Cases: which images and labels there are, and which of them can be used.
 
 A case is a dictionary with `id`, `image` and `label`, the last two absolute paths, `label` None where there is none.
-A label that was drawn for some classes only says so: `annotated` names them.
+A label that was drawn for some classes only says so: `annotated` names them. One that came with names keeps them:
+`label_names` is label name to value, of what it shows.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ LABELS_FOLDER = Path("labels") / "final"
 
 class _Declared(TypedDict, total=False):
     annotated: list[str]
+    label_names: dict[str, int]
 
 
 class Case(_Declared):
@@ -141,11 +143,21 @@ def _audit_case(task: Task, given: Mapping[str, Any], voxels: bool) -> CaseAudit
     case = Case(id=str(given["id"]), image=str(given["image"]), label=label_path)
     if given.get("annotated") is not None:
         case["annotated"] = given["annotated"]
+    if isinstance(given.get("label_names"), dict):
+        case["label_names"] = given["label_names"]
     if label_path is None:
         return CaseAudit(case, {}, "no label")
     counts: dict[str, int] = {}
+    if given.get("task") not in (None, task.name):  # of an archive; its values are those of the other task
+        return CaseAudit(case, counts, f"labelled for task {given['task']!r}")
     try:
         annotated = task.annotated(case.get("annotated"))
+        for name, value in case.get("label_names", {}).items():
+            here = task.value_names.get(value)
+            if here != name:
+                raise ValueError(
+                    f"{label_path}: drawn for another task: value {value} is {name!r} there, {here!r} here"
+                )
         if voxels:
             image = read_volume(case["image"])
             check_image(image, task)
@@ -196,12 +208,14 @@ def declared(names: Any) -> list[str]:
     return names
 
 
-def make_case(case: str, image: Path, label: Path | None, annotated: Any = None) -> Case:
-    """A case; `annotated` is what the label's file or list declares, None for all classes."""
+def make_case(case: str, image: Path, label: Path | None, annotated: Any = None, names: Any = None) -> Case:
+    """A case; `annotated` is what the label's file or list declares, None for all classes; `names`: `label_names`."""
     made = Case(id=case, image=str(image), label=str(label) if label else None)
     if annotated is not None and label:
         # Taken as it stands: left out, a partial label would count as complete; the audit names what is wrong with it.
         made["annotated"] = annotated if isinstance(annotated, list) else [str(annotated)]
+    if isinstance(names, dict) and label:
+        made["label_names"] = names
     return made
 
 
@@ -211,8 +225,8 @@ def _from_folder(folder: Path) -> list[Case]:
     cases = []
     for case, images in volumes(folder).items():
         label = labels.get(case)
-        annotated = infos.label(case, LABELS_FOLDER.name, label).info.get("annotated") if label else None
-        cases += [make_case(case, image, label, annotated) for image in images]
+        info = infos.label(case, LABELS_FOLDER.name, label).info if label else {}
+        cases += [make_case(case, i, label, info.get("annotated"), info.get("label_names")) for i in images]
     return cases
 
 

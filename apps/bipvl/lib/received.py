@@ -10,6 +10,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
+from monai.data import MetaTensor
+
 from lib.cases import SUFFIXES
 from lib.volumes import align_label, read_header, read_volume
 
@@ -17,6 +20,7 @@ from lib.volumes import align_label, read_header, read_volume
 SUFFIXES_RECEIVED = tuple(s for s in SUFFIXES if s != ".mhd")
 HEADER_BYTES = 1 << 20
 MAX_BYTES_PER_VOXEL = 32
+SAME_MM = 1e-3  # what programs lose of an affine when they write it
 
 
 def suffix_of(path: Path) -> str:
@@ -60,8 +64,21 @@ def check_image_file(path: Path) -> None:
         raise ValueError(str(error).replace(str(path), "the image")) from error
 
 
-def check_label_file(path: Path, image: Path, case: str) -> None:
-    """Whether a file is a whole label on the grid of its image. Empty labels are: they teach what background is.
+def same_volume(one: Path, other: Path) -> bool:
+    """Whether two files show the same voxels at the same places.
+
+    Raises:
+        ValueError: one of them cannot be read.
+    """
+    first, second = read_volume(one), read_volume(other)
+    return torch.equal(first.as_tensor(), second.as_tensor()) and torch.allclose(
+        first.affine, second.affine, rtol=0, atol=SAME_MM
+    )
+
+
+def check_label_file(path: Path, image: Path, case: str) -> MetaTensor:
+    """A label (1, H, W, D) in its image's voxel order, if the file is whole and on the grid of its image. Empty labels
+    are: they teach what background is.
 
     Raises:
         ValueError: saying why not, without the server's paths.
@@ -73,13 +90,18 @@ def check_label_file(path: Path, image: Path, case: str) -> None:
         if path.name.lower().endswith(".gz"):
             _check_gzip(path, HEADER_BYTES + MAX_BYTES_PER_VOXEL * prod(grid.shape[1:]))
         label = read_header(path)
-        # Before anything of the size that a header claims is read or turned.
-        if sorted(label.shape[1:]) != sorted(grid.shape[1:]) or label.shape[0] != 1:
+        if label.shape[0] != 1:
             raise ValueError(
-                f"the label is not on the grid of its image: shape {tuple(label.shape[1:])} with {label.shape[0]} "
-                f"channel(s) against {tuple(grid.shape[1:])}"
+                f"the label has {label.shape[0]} layers, as overlapping segments do; a voxel can have one class only "
+                "(3D Slicer: switch off Allow Overlapping Segmentations in the settings of MONAI Label)"
             )
-        align_label(read_volume(path), grid)
+        # Before anything of the size that a header claims is read or turned.
+        if sorted(label.shape[1:]) != sorted(grid.shape[1:]):
+            raise ValueError(
+                f"the label is not on the grid of its image: shape {tuple(label.shape[1:])} against "
+                f"{tuple(grid.shape[1:])}"
+            )
+        return align_label(read_volume(path), grid)
     except ValueError as error:
         reason = str(error).replace(str(path), "the label").replace(f"its image {image}", f"its image {case!r}")
         reason = reason.replace(str(image), f"image {case!r}")

@@ -16,6 +16,7 @@ from monailabel.interfaces.datastore import DefaultLabelTag
 from monailabel.utils.others.generic import file_checksum
 from starlette.background import BackgroundTask
 
+from lib.dicomstore import DicomStore
 from lib.web import uploads
 from lib.web.accounts import User
 from lib.web.common import ERRORS, Services, checked, current_user, json_object, known_image
@@ -105,7 +106,8 @@ def datastore_routes(services: Services) -> APIRouter:
         known_image(store, image)
         if info.get("annotated") is not None:
             app.check_annotated(info["annotated"])
-        with uploads.saved(label, uploads.LABEL_SUFFIXES, "label") as path:
+        valid = (*uploads.LABEL_SUFFIXES, *([".dcm"] if isinstance(store, DicomStore) else []))
+        with uploads.saved(label, valid, "label") as path:
             saved = store.save_label(image, str(path), tag or DefaultLabelTag.FINAL.value, info)
         logger.info("Label of %r saved as %r by %r", image, tag, user.name)
         return {**(app.on_save_label(image, saved) or {}), "image": image, "label": saved}

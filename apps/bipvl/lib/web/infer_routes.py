@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import logging
 import mimetypes
-import re
 from contextlib import ExitStack
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from fastapi import APIRouter, Depends, File, Form, HTTPException, Response, UploadFile
-from monailabel.datastore.dicom import DICOMWebDatastore
-from monailabel.datastore.utils.convert import nifti_to_dicom_seg
-from monailabel.utils.others.generic import name_to_device
 from requests_toolbelt import MultipartEncoder
 from starlette.concurrency import run_in_threadpool
 
-from lib.web import uploads
+from lib.dicomstore import DicomStore
+from lib.web import choices, uploads
 from lib.web.accounts import User
 from lib.web.common import ERRORS, Services, choice, current_user, json_object, known_image
 from lib.web.data_routes import known_session
@@ -29,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 RESULT_OPTIONS = ("result_extension", "result_compress")
 SAVE_OPTIONS = ("save_label", "label_tag")
+SWITCHES = ("save_label", "result_compress")
 RESERVED = ("model", "image")  # part of the address; clients may repeat them
 FORBIDDEN = ("image_path", "label", "session", "path", "skip_writer", "result_write_to_file")
 ANSWERS: dict[int | str, dict[str, Any]] = {
@@ -124,7 +122,7 @@ def _prepare(
             request.options.pop(key, None)
     elif user.role == "viewer":
         raise HTTPException(403, "save_label: this needs the role annotator")
-    if output is InferOutput.dicom_seg and (request.image is None or not isinstance(store, DICOMWebDatastore)):
+    if output is InferOutput.dicom_seg and (request.image is None or not isinstance(store, DicomStore)):
         raise HTTPException(400, "output: dicom_seg is offered for the images of a DICOMweb archive only")
     return request
 
@@ -161,16 +159,11 @@ def _answer(app: Any, request: _Request, mask: Path, params: dict[str, Any]) -> 
 
 
 def _dicom_seg(app: Any, request: _Request, mask: Path, params: dict[str, Any]) -> Response:
-    image = str(app.datastore().get_image_uri(request.image))
-    series = re.sub(r"(\.nii\.gz|\.nii|\.nrrd)$", "", image)
-    names = request.options.get("label_info") or params.get("label_info")
-    made = nifti_to_dicom_seg(series, str(mask), names, use_itk=True)
-    if not made:
-        raise HTTPException(409, "the mask is empty: there is nothing to put into a DICOM SEG")
-    try:
-        return _attached(Path(made).read_bytes(), Path(made).name, "application/dicom")
-    finally:
-        Path(made).unlink(missing_ok=True)
+    assert request.image is not None
+    seg = app.datastore().as_seg(request.image, request.options["model"], params["model_version"], mask)
+    with io.BytesIO() as file:
+        seg.save_as(file)
+        return _attached(file.getvalue(), f"{request.image}.dcm", "application/dicom")
 
 
 def _attached(content: bytes, name: str, kind: str | None = None) -> Response:
@@ -194,35 +187,34 @@ def _options(task: Any, given: dict[str, Any], model: str, image: str) -> dict[s
     options = {key: value for key, value in given.items() if key in known}
     for key, value in options.items():
         if key == "label_info":
-            valid = isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
+            readable = isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
         elif key == "concepts":
-            valid = isinstance(value, (str, dict))
+            readable = isinstance(value, (str, dict))
         else:
-            valid = _is_plain(value) or (isinstance(value, list) and bool(value) and all(map(_is_plain, value)))
-        if not valid:
+            readable = _is_plain(value) or (isinstance(value, list) and bool(value) and all(map(_is_plain, value)))
+        if not readable:
             raise HTTPException(400, f"params: {key}: a value of this type cannot be read")
-    extension = options.get("result_extension") or ".nii.gz"
-    if extension not in uploads.RESULT_SUFFIXES:
-        raise HTTPException(400, f"result_extension: {extension!r}; valid are {', '.join(uploads.RESULT_SUFFIXES)}")
-    _check_device(options)
-    tag = options.get("label_tag", "original")
+    extension = _chosen(options.pop("result_extension", None))
+    if extension:
+        if extension not in uploads.RESULT_SUFFIXES:
+            valid = ", ".join(uploads.RESULT_SUFFIXES)
+            raise HTTPException(400, f"result_extension: {extension!r}; valid are {valid}")
+        options["result_extension"] = extension
+    for key in SWITCHES:
+        if key in options:
+            options[key] = choices.boolean(key, _chosen(options[key]))
+    if "device" in options:
+        options["device"] = choices.device(_chosen(options["device"]))
+    tag = options["label_tag"] = _chosen(options.get("label_tag", "original"))
     if not isinstance(tag, str):
         raise HTTPException(400, "label_tag: expected a name")
     return options
 
 
+def _chosen(value: Any) -> Any:
+    """Clients may send an option's whole list of choices: its first entry is meant."""
+    return value[0] if isinstance(value, list) else value
+
+
 def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
-
-
-def _check_device(options: dict[str, Any]) -> None:
-    given = options.get("device")
-    name = given[0] if isinstance(given, list) else given
-    if name in (None, ""):
-        options.pop("device", None)
-        return
-    device = name_to_device(name) if isinstance(name, str) else ""
-    match = re.fullmatch(r"cpu|mps|cuda(?::(\d{1,3}))?", device)
-    if not match or (match[1] and int(match[1]) >= torch.cuda.device_count()):
-        raise HTTPException(400, f"device: {name!r}; valid are those that /info/ lists, cpu and cuda")
-    options["device"] = name
