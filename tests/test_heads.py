@@ -5,7 +5,7 @@ import torch
 
 from helpers import tiny_overlapping_task, tiny_task
 from lib.nets import build_model
-from lib.nets.heads import TextClassEmbedding, TextHead
+from lib.nets.heads import TextClassEmbedding, TextHead, distinction
 from lib.trainers.objective import TrainingNetwork
 
 PATCH = (64, 32, 32)
@@ -39,30 +39,42 @@ def label_for(task, batch=1, seed=2):
 @pytest.mark.parametrize("overlapping", [False, True])
 def test_logits_are_features_times_what_the_text_says(overlapping):
     """Width 4: text e1 says weights (2, 0, 0, 0) and bias 1; e2 says (0, 0, 4, 0) and bias -1."""
-    head = TextHead(4, 2, overlapping)
+    head = TextHead(4, 2, 3, overlapping)
+    head.reader.forward = lambda text, apart: text
     head.mlp = torch.nn.Linear(2, 5, bias=False)
     with torch.no_grad():
         head.mlp.weight.copy_(torch.tensor([[2.0, 0, 0, 0, 1], [0, 0, 4, 0, -1]]).T)
         if not overlapping:
             head.background.copy_(torch.tensor([0.0, 6, 0, 0, 0.5]))
         features = torch.tensor([3.0, 5, 7, 9]).view(1, 4, 1, 1, 1).expand(1, 4, 2, 1, 1)
-        logits = head(features, torch.eye(2)[None])[0, :, 0, 0, 0]
+        logits = head(features, torch.eye(2)[None], torch.zeros(2, 3))[0, :, 0, 0, 0]
     expected = [2 * 3 / 2 + 1, 4 * 7 / 2 - 1]  # the scale is one over the root of the width, 1/2
     torch.testing.assert_close(logits, torch.tensor(expected if overlapping else [6 * 5 / 2 + 0.5, *expected]))
 
 
 @pytest.mark.parametrize("overlapping", [False, True])
-def test_class_map_compares_each_place_with_the_mean_concept(overlapping):
-    embedding = TextClassEmbedding(8, 6, overlapping).eval()
-    v4, concepts = torch.randn(2, 8, 3, 3, 3), torch.randn(2, 5, 4, 6)
+def test_class_map_compares_each_place_with_the_text(overlapping):
+    embedding = TextClassEmbedding(8, 6, 7, overlapping).eval()
+    v4, concepts, apart = torch.randn(2, 8, 3, 3, 3), torch.randn(2, 5, 4, 6), torch.randn(5, 7)
     with torch.no_grad():
-        class_map, vectors = embedding(v4, concepts)
+        class_map, vectors = embedding(v4, concepts, apart)
         query = embedding.mlp(embedding.norm(v4[1, :, 2, 0, 1]))
-        key = embedding.key(concepts[1, 3].mean(0))
+        key = embedding.reader(concepts[1, 3].mean(0), apart[3])
     first = 0 if overlapping else 1
     assert class_map.shape == (2, first + 5, 3, 3, 3)
     torch.testing.assert_close(class_map[1, first + 3, 2, 0, 1], query @ key / 2)  # 4 numbers a query
     torch.testing.assert_close(vectors, class_map[:, first:].flatten(2))  # a map of 3 x 3 x 3 is its own grid
+
+
+def test_distinction_is_the_difference_from_the_tasks_mean_at_size_one():
+    """Two classes of one sentence, (1, 1) and (1, 1.02), become (0, -root 2) and (0, root 2)."""
+    own = torch.tensor([[[1.0, 1.0]], [[1.0, 1.02]]])
+    apart = distinction(own, own)
+    torch.testing.assert_close(apart, torch.tensor([[0.0, -(2**0.5)], [0.0, 2**0.5]]), rtol=2e-2, atol=1e-3)
+    assert torch.equal(distinction(own[1:], own), apart[1:]), "whoever else is asked for"
+    other = torch.tensor([[[1.0, 1.03], [1.0, 1.05]]])  # described anew, in two sentences of mean 1.04
+    torch.testing.assert_close(distinction(other, own)[0], torch.tensor([0.0, 3 * 2**0.5]), rtol=2e-2, atol=1e-3)
+    assert torch.equal(distinction(own[:1], own[:1]), torch.zeros(1, 2)), "a task of one class"
 
 
 # In the network

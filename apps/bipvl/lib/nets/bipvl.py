@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lib.alignment import aggregate_text, concept_weights
 from lib.nets.fusion import WINDOW, BiFusion, IdentityFusion
-from lib.nets.heads import GRID, ClassEmbedding, FixedHead, TextClassEmbedding, TextHead
+from lib.nets.heads import GRID, ClassEmbedding, FixedHead, TextClassEmbedding, TextHead, distinction
 from lib.nets.text import Sentences, StageDividedBert, TextAssets, build_text
 from lib.nets.vision import STAGES, VisionBackbone, build_vision
 from lib.tasks import Task
@@ -82,9 +82,11 @@ class BiPVLSeg(nn.Module):
             sentences: text for this call in place of the task's own, from `text.tokenize`. With the text head it may
                 describe other classes, and any number of them.
         """
-        sentences = sentences or self.text.sentences
-        assert isinstance(self.head, TextHead) or sentences.classes == self.text.sentences.classes
-        states = self.text.read(sentences)
+        reads = isinstance(self.head, TextHead)
+        assert reads or sentences is None or sentences.classes == self.text.classes
+        classes = sentences.classes if sentences else self.text.classes
+        own = self.text.read() if reads or sentences is None or sentences.rows is not None else None
+        states = self.text.read(sentences, own)
         rows = states.rows.expand(image.shape[0], -1, -1)  # (B, C*K, E)
         x, early = self.vision.stem(image)
         maps = []
@@ -96,13 +98,18 @@ class BiPVLSeg(nn.Module):
             maps.append(x)
         features = self.vision.decode(image, early, maps)
 
-        concept_rows = rows.unflatten(1, (sentences.classes, -1))
+        apart = None
+        if reads:
+            assert own is not None
+            meanings = (s.meaning.unflatten(0, (n, -1)) for s, n in ((states, classes), (own, self.text.classes)))
+            apart = distinction(*meanings)
+        concept_rows = rows.unflatten(1, (classes, -1))
         concepts = self.project_text(concept_rows)
-        class_map, vectors = self.embedding(x, concepts)
+        class_map, vectors = self.embedding(x, concepts, apart)
         seen = self.project_vision(vectors)
         weights = concept_weights(concepts, seen)
         text = aggregate_text(concepts, weights)
-        return Output(self.head(features, text), class_map, concept_rows, concepts, seen, weights, text)
+        return Output(self.head(features, text, apart), class_map, concept_rows, concepts, seen, weights, text)
 
 
 def build_model(task: Task, assets: TextAssets | None = None) -> BiPVLSeg:
@@ -120,14 +127,15 @@ def build_model(task: Task, assets: TextAssets | None = None) -> BiPVLSeg:
     vision = build_vision(spec.vision, len(task.channels), task.patch, spec.feature_size, spec.checkpointing, **own)
     text = build_text(task, assets)
     fusion = nn.ModuleList()
-    for width, stride in zip(vision.widths, vision.strides, strict=True):
+    for n, (width, stride) in enumerate(zip(vision.widths, vision.strides, strict=True)):
+        fused = spec.fusion == "bifusion" or (spec.fusion == "late" and n == STAGES - 1)
         window = WINDOW if spec.fusion_attention == "windowed" and stride <= 4 else None
-        fusion.append(BiFusion(text.width, width, window) if spec.fusion == "bifusion" else IdentityFusion())
+        fusion.append(BiFusion(text.width, width, window) if fused else IdentityFusion())
     embedding: ClassEmbedding
     head: FixedHead | TextHead
     if spec.head == "text":
-        embedding = TextClassEmbedding(vision.widths[-1], spec.projection, task.overlapping)
-        head = TextHead(vision.feature_width, spec.projection, task.overlapping)
+        embedding = TextClassEmbedding(vision.widths[-1], spec.projection, text.width, task.overlapping)
+        head = TextHead(vision.feature_width, spec.projection, text.width, task.overlapping)
     else:
         embedding = ClassEmbedding(vision.widths[-1], task.out_channels, task.overlapping)
         head = FixedHead(vision.feature_width, task.out_channels)

@@ -3,10 +3,11 @@
 With the fixed head a class is a channel: text that never changes can be treated as a constant, and nothing forces the
 network to read it. With the text head a class is its sentences and nothing else:
 
-    logits of class c  =  decoder features · MLP(T_c) + bias(T_c)          T_c of Eq. (4)
-    class map of c     =  MLP(V_4) · projection of the mean of its concepts
+    logits of class c  =  decoder features · MLP(T_c, D_c) + bias          T_c of Eq. (4)
+    class map of c     =  MLP(V_4) · projection of (mean of its concepts, D_c)
 
-and the background is a learned vector. No parameter knows a class by its number, so the classes may be permuted
+and the background is a learned vector. D_c is what sets the class's sentences apart from the task's other sentences
+(`distinction`). No parameter knows a class by its number, so the classes may be permuted
 (the masks follow exactly), left out, or described anew, and the number of classes is free.
 """
 
@@ -17,6 +18,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 GRID = (3, 3, 3)  # of the class vectors; V_4 of a 96³ patch
+LEAST = 1e-3  # difference of sentences that counts as none; BERT's vectors have a root mean square of about 1
+
+
+def distinction(meaning: Tensor, own: Tensor) -> Tensor:
+    """D of each class: its mean sentence less that of all of the task's classes, brought to a common size.
+
+    Sentences about one body in one modality are nearly one vector to a text encoder, and two that differ in one word
+    ("left") even more so. From there a network that knows classes by their text alone does not get away: equal texts
+    make equal class maps, equal vision vectors, and no gradient that would part them.
+
+    Args:
+        meaning: (C, K, E), the sentences' vectors (`TextStates.meaning`).
+        own: likewise of all classes of the task, in any order: what a class is set apart from does not depend on
+            which classes are asked for.
+
+    Returns:
+        (C, E).
+    """
+    own = own.float().mean(1)
+    centre = own.mean(0)
+    size = (own - centre).square().mean().add(LEAST**2).sqrt()
+    return (meaning.float().mean(1) - centre) / size
 
 
 class FixedHead(nn.Conv3d):
@@ -25,8 +48,23 @@ class FixedHead(nn.Conv3d):
     def __init__(self, width: int, channels: int) -> None:
         super().__init__(width, channels, 1)
 
-    def forward(self, input: Tensor, text: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, text: Tensor | None = None, apart: Tensor | None = None) -> Tensor:
         return super().forward(input)
+
+
+class Reader(nn.Module):
+    """A class's text as the heads take it: from T or another vector in the common space, which sees the image, and
+    from D, which tells the classes apart."""
+
+    def __init__(self, projection: int, text_width: int, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(projection)
+        self.seen = nn.Linear(projection, width)
+        self.apart = nn.Linear(text_width, width, bias=False)
+
+    def forward(self, text: Tensor, apart: Tensor) -> Tensor:
+        """(B, C, P) and (C, E) to (B, C, width)."""
+        return self.seen(self.norm(text)) + self.apart(apart)
 
 
 class TextHead(nn.Module):
@@ -35,19 +73,19 @@ class TextHead(nn.Module):
     Args:
         width: channels of the decoder's features.
         projection: P, width of the text vectors.
+        text_width: E, width of the text encoder.
         overlapping: no background channel.
     """
 
-    def __init__(self, width: int, projection: int, overlapping: bool) -> None:
+    def __init__(self, width: int, projection: int, text_width: int, overlapping: bool) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.LayerNorm(projection), nn.Linear(projection, projection), nn.GELU(), nn.Linear(projection, width + 1)
-        )
-        self.background = None if overlapping else nn.Parameter(torch.randn(width + 1))
+        self.reader = Reader(projection, text_width, projection)
+        self.mlp = nn.Sequential(nn.GELU(), nn.Linear(projection, width + 1))
+        self.background = None if overlapping else nn.Parameter(torch.zeros(width + 1))
 
-    def forward(self, features: Tensor, text: Tensor) -> Tensor:
-        """Features (B, width, H, W, D) and text vectors (B, C, P) to logits (B, channels, H, W, D)."""
-        kernels = _with_background(self.mlp(text), self.background)  # (B, channels, width + 1)
+    def forward(self, features: Tensor, text: Tensor, apart: Tensor) -> Tensor:
+        """Features (B, width, H, W, D), text vectors T (B, C, P) and D (C, E) to logits (B, channels, H, W, D)."""
+        kernels = _with_background(self.mlp(self.reader(text, apart)), self.background)  # (B, channels, width + 1)
         weights, bias = kernels[..., :-1] * features.shape[1] ** -0.5, kernels[..., -1:]
         return torch.baddbmm(bias, weights, features.flatten(2)).unflatten(2, features.shape[2:])
 
@@ -67,7 +105,7 @@ class ClassEmbedding(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, width // 2), nn.GELU(), nn.Linear(width // 2, outputs))
 
-    def forward(self, v4: Tensor, concepts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, v4: Tensor, concepts: Tensor | None = None, apart: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """V_4 (B, width, h, w, d) to the class map (B, channels, h, w, d) and class vectors (B, C, 27)."""
         return self._mapped(self.mlp(self._places(v4)), v4)
 
@@ -87,16 +125,16 @@ class TextClassEmbedding(ClassEmbedding):
     A channel a class would tell the classes apart by their number, through w_k and the alignment.
     """
 
-    def __init__(self, width: int, projection: int, overlapping: bool) -> None:
+    def __init__(self, width: int, projection: int, text_width: int, overlapping: bool) -> None:
         super().__init__(width, width // 2, overlapping)  # here the MLP ends in a query, to be compared with the keys
-        self.key = nn.Sequential(nn.LayerNorm(projection), nn.Linear(projection, width // 2))
+        self.reader = Reader(projection, text_width, width // 2)
         self.background = None if overlapping else nn.Parameter(torch.randn(width // 2))
 
-    def forward(self, v4: Tensor, concepts: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As in `ClassEmbedding`; `concepts` (B, C, K, P) are the rows in the common space."""
-        assert concepts is not None
+    def forward(self, v4: Tensor, concepts: Tensor | None = None, apart: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As in `ClassEmbedding`; the rows in the common space are (B, C, K, P), what sets the classes apart (C, E)."""
+        assert concepts is not None and apart is not None
         queries = self.mlp(self._places(v4))  # (B, h*w*d, width // 2)
-        keys = _with_background(self.key(concepts.mean(2)), self.background)
+        keys = _with_background(self.reader(concepts.mean(2), apart), self.background)
         return self._mapped(queries @ keys.mT * queries.shape[-1] ** -0.5, v4)
 
 

@@ -17,6 +17,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 from lib.tasks import Task, TaskError
@@ -35,22 +36,19 @@ class TextAssets:
 
 @dataclass(frozen=True)
 class Sentences:
-    """Tokenised text of C classes: ids and mask (R, L), R = C·K rows, class by class; `key` tells texts apart."""
+    """Tokenised text of C classes: ids and mask (R, L), R = C·K rows, class by class; `key` tells texts apart.
+
+    rows: where it is part of the task's own text, the numbers of its rows there.
+    """
 
     ids: Tensor
     mask: Tensor
     key: str
     classes: int
+    rows: Tensor | None = None
 
     def to(self, device: torch.device) -> Sentences:
         return replace(self, ids=self.ids.to(device), mask=self.mask.to(device))
-
-    def select(self, classes: Tensor, concepts: Tensor) -> Sentences:
-        """Some of the concepts of some of the classes, by their numbers."""
-        rows = torch.arange(len(self.ids)).unflatten(0, (self.classes, -1))[classes[:, None], concepts].flatten()
-        rows = rows.to(self.ids.device)
-        key = f"{self.key}:{classes.tolist()}:{concepts.tolist()}"
-        return Sentences(self.ids[rows], self.mask[rows], key, len(classes))
 
 
 @dataclass(frozen=True)
@@ -58,13 +56,20 @@ class TextStates:
     """The image-independent part of the text encoder.
 
     rows: (R, E), the [CLS] states after stage 1. keys, values: for each layer of stages 2-4 the tokens' projections
-    (R, heads, L-1, E/heads), [CLS] left out. bias: (R, 1, L-1), 0 for a token and -inf for padding.
+    (R, heads, L-1, E/heads), [CLS] left out. bias: (R, 1, L-1), 0 for a token and -inf for padding. meaning: (R, E),
+    the mean of a sentence's token states before the last layer.
     """
 
     rows: Tensor
     keys: list[Tensor]
     values: list[Tensor]
     bias: Tensor
+    meaning: Tensor
+
+    def select(self, rows: Tensor) -> TextStates:
+        """The states of some rows."""
+        keys, values = ([t[rows] for t in part] for part in (self.keys, self.values))
+        return TextStates(self.rows[rows], keys, values, self.bias[rows], self.meaning[rows])
 
 
 class StageDividedBert(nn.Module):
@@ -98,13 +103,19 @@ class StageDividedBert(nn.Module):
         self.key, self.classes = own.key, own.classes
         self.token_passes = 0
         self._cache: OrderedDict[tuple, TextStates] = OrderedDict()
-        if checkpointing:
-            bert.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.checkpointing = checkpointing
 
     @property
     def sentences(self) -> Sentences:
         """The task's own text."""
         return Sentences(self.ids, self.mask, self.key, self.classes)
+
+    def some(self, classes: Tensor, concepts: Tensor) -> Sentences:
+        """Some concepts of some classes of the task's own text, by their numbers."""
+        numbers = torch.arange(len(self.ids), device=self.ids.device).unflatten(0, (self.classes, -1))
+        rows = numbers[classes[:, None].to(numbers.device), concepts.to(numbers.device)].flatten()
+        key = f"{self.key}:{classes.tolist()}:{concepts.tolist()}"
+        return Sentences(self.ids[rows], self.mask[rows], key, len(classes), rows)
 
     @property
     def assets(self) -> TextAssets:
@@ -132,11 +143,19 @@ class StageDividedBert(nn.Module):
             mask[i, : len(e.ids)] = True
         return Sentences(ids, mask, hashlib.sha256(json.dumps(texts).encode()).hexdigest(), len(rows))
 
-    def read(self, sentences: Sentences | None = None) -> TextStates:
+    def read(self, sentences: Sentences | None = None, own: TextStates | None = None) -> TextStates:
         """Read all sentences: every token through the encoder, once.
 
         Without gradients and outside training the result is kept until weights, text, device or precision change.
+
+        Args:
+            sentences: None for the task's own.
+            own: the states of the task's own text, where they are at hand: nothing of it is read again.
         """
+        if own is not None and sentences is None:
+            return own
+        if own is not None and sentences is not None and sentences.rows is not None:
+            return own.select(sentences.rows)
         sentences = (sentences or self.sentences).to(self.ids.device)
         if self.training or torch.is_grad_enabled():
             return self._read(sentences)
@@ -157,17 +176,47 @@ class StageDividedBert(nn.Module):
         self.token_passes += 1
         layers: Any = self.bert.encoder.layer
         bias = torch.zeros(sentences.mask.shape, device=self.ids.device).masked_fill(~sentences.mask, -torch.inf)
-        x = self.bert.embeddings(input_ids=sentences.ids)  # (R, L, E)
-        for layer in layers[: self.ends[0]]:
-            x = layer(x, bias[:, None, None, :].to(x.dtype))
-        rows, keys, values = x[:, 0], [], []
-        for i, layer in enumerate(layers[self.ends[0] :], start=self.ends[0]):
-            attention = layer.attention.self
-            keys.append(self._split(attention.key(x[:, 1:]), attention))
-            values.append(self._split(attention.value(x[:, 1:]), attention))
-            if i + 1 < len(layers):  # nothing reads the tokens after the last layer
-                x = layer(x, bias[:, None, None, :].to(x.dtype))
-        return TextStates(rows, keys, values, bias[:, None, 1:])
+        bias = bias[:, None, None, :]  # (R, 1, 1, L)
+        places = sentences.mask.flatten().nonzero()[:, 0]
+        x = self.bert.embeddings(input_ids=sentences.ids).flatten(0, 1)[places]
+        rows, keys, values = x.new_zeros(0), [], []
+        for i, layer in enumerate(layers):
+            if i == self.ends[0]:
+                rows = self._padded(x, sentences.mask, places)[:, 0]
+            if i == len(layers) - 1:  # nothing reads the tokens after the last layer
+                k, v = self._keys_values(layer, x, sentences.mask, places)
+            elif self.checkpointing and self.training:
+                x, k, v = checkpoint(self._layer, layer, x, sentences.mask, places, bias, use_reentrant=False)
+            else:
+                x, k, v = self._layer(layer, x, sentences.mask, places, bias)
+            if i >= self.ends[0]:
+                keys.append(k[:, :, 1:])
+                values.append(v[:, :, 1:])
+        meaning = self._padded(x, sentences.mask, places).sum(1) / sentences.mask.sum(1, keepdim=True)
+        return TextStates(rows, keys, values, bias[:, 0, :, 1:], meaning)
+
+    def _layer(
+        self, layer: Any, x: Tensor, mask: Tensor, places: Tensor, bias: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One layer of BERT on tokens without padding, x (tokens, E), a quarter fewer than with it: only attention sees
+        sentences side by side. Returns x after the layer, and its keys and values (R, heads, L, E/heads)."""
+        attention = layer.attention.self
+        q = self._split(self._padded(attention.query(x), mask, places), attention)
+        k, v = self._keys_values(layer, x, mask, places)
+        dropout = attention.dropout.p if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), dropout)
+        x = layer.attention.output(mixed.transpose(1, 2).flatten(2).flatten(0, 1)[places], x)
+        return layer.output(layer.intermediate(x), x), k, v
+
+    def _keys_values(self, layer: Any, x: Tensor, mask: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        attention = layer.attention.self
+        k, v = (self._padded(f(x), mask, places) for f in (attention.key, attention.value))
+        return self._split(k, attention), self._split(v, attention)
+
+    @staticmethod
+    def _padded(x: Tensor, mask: Tensor, places: Tensor) -> Tensor:
+        """(tokens, E) to (R, L, E), zeros where the mask (R, L) has padding."""
+        return x.new_zeros(mask.numel(), x.shape[-1]).index_copy(0, places, x).unflatten(0, mask.shape)
 
     def advance(self, n: int, rows: Tensor, states: TextStates) -> Tensor:
         """Take the rows (B, R, E) through stage n (1, 2, 3; stage 0 is part of `read`)."""

@@ -49,7 +49,7 @@ class TrainingNetwork(nn.Module):
         if self.training and task.model.head == "text":
             concepts = torch.arange(len(task.text_rows()[0]))
             classes, concepts = _some(classes, recipe.drop_classes), _some(concepts, recipe.drop_concepts)
-            sentences = self.model.text.sentences.select(classes, concepts)
+            sentences = self.model.text.some(classes, concepts)
             label = _only(label, classes, len(task.classes), task.overlapping)
             annotated = None if annotated is None else annotated[:, classes]
         output = self.model(image, sentences)
