@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 from monailabel.datastore.local import LocalDatastore
@@ -226,18 +227,22 @@ def test_a_new_image(studies, labels):
         store.add_image("new", str(picture(new.with_name("other.nii"))), {})
 
 
-def test_a_replaced_image_sends_its_labels_into_the_history(studies, labels):
+def test_an_image_is_never_replaced_by_another_one(studies, labels):
     store = LocalStore(studies)
     store.save_label("a", str(labels[1]), "final", {"user": "ann"})
     store.save_label("a", str(labels[2]), "original", {})
     same = labels[0].with_name("same.nii.gz")
     same.write_bytes((studies / "a.nii.gz").read_bytes())
+    before = (studies / "a.nii.gz").read_bytes()
     store.add_image("a", str(same), {})
-    assert store.get_labels_by_image_id("a") == {"final": "a", "original": "a"}, "the same image again"
-    store.add_image("a", str(picture(same, 9)), {})
-    assert store.get_labels_by_image_id("a") == {}
-    assert value_of(history(studies)[0]) == 1
-    assert value_of(history(studies, tag="original")[0]) == 2
+    image = nib.load(same)
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj).astype(np.float64), image.affine), same)
+    store.add_image("a", str(same), {})
+    assert (studies / "a.nii.gz").read_bytes() == before, "the same image again, as another program writes it"
+    with pytest.raises(ConflictError, match="another image 'a' already: give yours another name"):
+        store.add_image("a", str(picture(same, 9)), {})
+    assert (studies / "a.nii.gz").read_bytes() == before
+    assert store.get_labels_by_image_id("a") == {"final": "a", "original": "a"}
 
 
 def test_a_removed_image_leaves_its_labels_in_the_history(studies, labels):

@@ -13,7 +13,7 @@ import os
 import tempfile
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -35,7 +35,9 @@ from lib.labelfiles import (
     facts,
     files_of,
 )
-from lib.received import check_image_file, check_label_file, plain, suffix_of
+from lib.received import check_image_file, check_label_file, plain, same_volume, suffix_of
+from lib.renumber import renumber
+from lib.tasks import Task
 
 __all__ = ["ConflictError", "LocalStore", "NotInStoreError", "ReadOnlyError", "StoreError", "check_new_id", "check_tag"]
 
@@ -70,12 +72,14 @@ class LocalStore(Datastore):
     Args:
         folder: made where it does not exist.
         read_only: refuse every change; a folder that cannot be written to does the same by itself.
+        tasks: of this server; labels that come with names are kept in their values.
 
     Raises:
         StoreError: the folder does not exist and cannot be made.
     """
 
-    def __init__(self, folder: str | Path, read_only: bool = False) -> None:
+    def __init__(self, folder: str | Path, read_only: bool = False, tasks: Sequence[Task] = ()) -> None:
+        self.tasks = tuple(tasks)
         self.folder = Path(folder).resolve()
         self.read_only = read_only
         self._infos = Infos(self.folder)
@@ -132,7 +136,8 @@ class LocalStore(Datastore):
             if case not in final:
                 continue
             label = newest(final[case])
-            made = make_case(case, image, label, infos.label(case, FINAL, label).info.get("annotated"))
+            info = infos.label(case, FINAL, label).info
+            made = make_case(case, image, label, info.get("annotated"), info.get("label_names"))
             if not full_path:
                 made["image"], made["label"] = (str(p.relative_to(self.folder)) for p in (image, label))
             cases.append(dict(made))
@@ -218,11 +223,11 @@ class LocalStore(Datastore):
     # Changes ------------------------------------------------------------------------------------------------------
 
     def add_image(self, image_id: str | None, image_filename: str, image_info: dict[str, Any] | None) -> str:
-        """Put an image into the folder. One of the same name is replaced, and its labels go into the history.
+        """Put an image into the folder. None is ever replaced by another one: somebody may be drawing on it.
 
         Raises:
             StoreError: an id that cannot be a file name, or not a volume.
-            ConflictError: the id belongs to a file with another extension.
+            ConflictError: the id belongs to another image, or to a file with another extension.
         """
         source = Path(image_filename)
         suffix = _refused(suffix_of, source)
@@ -236,14 +241,17 @@ class LocalStore(Datastore):
             others = [p.name for p in files_of(self.folder, case) if p != target]
             if others:
                 raise ConflictError(f"image id {case!r} belongs to {others[0]}; choose another id")
-            staged = stage_copy(source, self.folder)
-            try:
-                if target.exists() and digest(target) != digest(staged):
-                    self._labels.retire(case)
-                os.replace(staged, target)
-            finally:
-                staged.unlink(missing_ok=True)
-            sync_folder(self.folder)
+            if not target.exists():
+                staged = stage_copy(source, self.folder)
+                try:
+                    os.replace(staged, target)
+                finally:
+                    staged.unlink(missing_ok=True)
+                sync_folder(self.folder)
+            elif digest(target) != digest(source) and not same_volume(target, source):
+                raise ConflictError(
+                    f"there is another image {case!r} already: give yours another name (3D Slicer: rename the volume)"
+                )
             with self._infos.change() as document:
                 document.entry(case).image = Record(ext=suffix, info={**info, **facts(target)})
         return case
@@ -262,7 +270,8 @@ class LocalStore(Datastore):
         """Make an uploaded file the label of an image; the one that was there goes into the history.
 
         Args:
-            label_info: what the client sent; `annotated` may name the classes that the label was drawn for.
+            label_info: what the client sent; `annotated` may name the classes that the label was drawn for,
+                `label_info` the values of the file, `model` the task they belong to.
 
         Raises:
             StoreError: not a label of this image: unreadable, another grid, a wrong declaration. The file is kept.
@@ -278,12 +287,16 @@ class LocalStore(Datastore):
             info = plain(label_info)
             if info.get("annotated") is not None:
                 declared(info["annotated"])
-            check_label_file(source, image, image_id)
+            drawn = check_label_file(source, image, image_id)
+            renumbered = renumber(source, drawn, info, self.tasks)
         except ValueError as error:
             self._labels.reject(image_id, source, user, error)
-        with self._writing():
+        with tempfile.TemporaryDirectory() as folder, self._writing():
             if _signature(self._image(image_id)) != before:
                 self._labels.reject(image_id, source, user, ConflictError(f"image {image_id!r} was replaced meanwhile"))
+            if renumbered:
+                info["label_names"] = renumbered.names
+                source = renumbered.file(source, Path(folder), image)
             self._labels.put(image_id, tag, source, info)
         return image_id
 

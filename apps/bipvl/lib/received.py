@@ -10,6 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import nrrd
 import torch
 from monai.data import MetaTensor
 
@@ -89,23 +90,32 @@ def check_label_file(path: Path, image: Path, case: str) -> MetaTensor:
         grid = read_header(image)
         if path.name.lower().endswith(".gz"):
             _check_gzip(path, HEADER_BYTES + MAX_BYTES_PER_VOXEL * prod(grid.shape[1:]))
+        _check_layers(path)
         label = read_header(path)
-        if label.shape[0] != 1:
-            raise ValueError(
-                f"the label has {label.shape[0]} layers, as overlapping segments do; a voxel can have one class only "
-                "(3D Slicer: switch off Allow Overlapping Segmentations in the settings of MONAI Label)"
-            )
         # Before anything of the size that a header claims is read or turned.
-        if sorted(label.shape[1:]) != sorted(grid.shape[1:]):
+        if sorted(label.shape[1:]) != sorted(grid.shape[1:]) or label.shape[0] != 1:
             raise ValueError(
-                f"the label is not on the grid of its image: shape {tuple(label.shape[1:])} against "
-                f"{tuple(grid.shape[1:])}"
+                f"the label is not on the grid of its image: shape {tuple(label.shape[1:])} with {label.shape[0]} "
+                f"channel(s) against {tuple(grid.shape[1:])}"
             )
         return align_label(read_volume(path), grid)
     except ValueError as error:
         reason = str(error).replace(str(path), "the label").replace(f"its image {image}", f"its image {case!r}")
         reason = reason.replace(str(image), f"image {case!r}")
         raise ValueError(reason) from error
+
+
+def _check_layers(path: Path) -> None:
+    """3D Slicer keeps segments that overlap in layers, a fourth axis that comes first in its files."""
+    try:
+        sizes = nrrd.read_header(str(path))["sizes"] if path.name.lower().endswith(".nrrd") else ()
+    except (nrrd.NRRDError, OSError, KeyError, ValueError):
+        return  # reading it says why
+    if len(sizes) == 4:
+        raise ValueError(
+            f"{path}: has {sizes[0]} layers, as overlapping segments do; a voxel can have one class only "
+            "(3D Slicer: switch off Allow Overlapping Segmentations in the settings of MONAI Label)"
+        )
 
 
 def _check_self_contained(path: Path) -> None:

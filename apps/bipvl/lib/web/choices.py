@@ -16,7 +16,7 @@ from monailabel.utils.others.generic import device_list, strtobool
 
 
 def typed(given: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that were given, each in the type of its default.
+    """The options that were given, each in the type of its default. An empty number is left out.
 
     Args:
         given: option to value.
@@ -25,7 +25,8 @@ def typed(given: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]
     Raises:
         ValueError: naming the option and what is valid.
     """
-    return {key: _typed(key, value, config[key]) if key in config else value for key, value in given.items()}
+    said = {k: v for k, v in given.items() if v not in (None, "") or isinstance(config.get(k), (str, bool, list))}
+    return {key: _typed(key, value, config[key]) if key in config else value for key, value in said.items()}
 
 
 def _typed(key: str, value: Any, default: Any) -> Any:
