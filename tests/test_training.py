@@ -16,6 +16,7 @@ from lib import versions
 from lib.cases import audit
 from lib.cli import app
 from lib.phantom import write_studies
+from lib.report import Examined
 from lib.tasks import load_task
 from lib.trainers import BiPVLTrain, rounds
 from lib.trainers import bipvl as trainer_module
@@ -132,7 +133,7 @@ def test_sigmas_are_trained_without_weight_decay_and_bounded(tmp_path):
     """Defect 8: own group, no decay; a loss that vanishes cannot send its weight to infinity."""
     trainer = small_trainer(tmp_path)
     context = trainer_module.Context()
-    context.request = {"seed": 0, "learning_rate": 1e-3, "round": Round({}, [], [])}
+    context.request = {"seed": 0, "learning_rate": 1e-3, "round": Round({}, [], [], Examined(trainer.task))}
     context.network = trainer.network(context)
     groups = trainer.optimizer(context).param_groups
     recipe = trainer.task.training

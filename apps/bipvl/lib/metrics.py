@@ -85,9 +85,21 @@ def evaluate_volumes(
         raise ValueError(f"case {case!r}: prediction {prediction.shape}, reference {reference.shape}: shapes differ")
     found = _masks(prediction, task, f"prediction of case {case!r}")
     target = _masks(reference, task, f"reference of case {case!r}")
+    return evaluate_masks(task.classes, found, target, spacing, case, tolerance)
+
+
+def evaluate_masks(
+    names: Sequence[str],
+    found: Sequence[Tensor] | Tensor,
+    target: Sequence[Tensor] | Tensor,
+    spacing: Sequence[float],
+    case: str = "",
+    tolerance: float = 2.0,
+) -> list[Row]:
+    """Score boolean masks (H, W, D), a predicted and a reference one for each name; else as `evaluate_volumes`."""
     spacing = [float(s) for s in spacing]
     rows = []
-    for name, p, r in zip(task.classes, found, target, strict=True):
+    for name, p, r in zip(names, found, target, strict=True):
         voxels = int(p.sum()), int(r.sum())
         dice = hd95 = nsd = math.nan
         if all(voxels):

@@ -7,7 +7,7 @@ gives the same picture.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ ROW_LIMIT = 480  # height of a row of planes
 GAP, TITLE, LEGEND_LINE, LEGEND_COLUMNS = 8, 24, 22, 6
 DPI = 100
 OPACITY = 0.4  # inside a mask; its edge is opaque
+MISSED, EXTRA, CONFUSED = (66, 133, 244), (234, 88, 12), (217, 70, 239)  # colours of differences
 
 
 def picture(task: Task, image: Path, masks: Mapping[str, Path], out: Path) -> None:
@@ -40,11 +41,24 @@ def picture(task: Task, image: Path, masks: Mapping[str, Path], out: Path) -> No
     Raises:
         ValueError: a file cannot be read, a mask lies on another grid, or holds a value that the task does not know.
     """
+    grey, spacing, labels = read_for_picture(task, image, masks)
+    centre = _centre(next(iter(labels.values()), np.zeros(grey.shape, int)))
+    shown = [n for v, n in task.value_names.items() if any((mask == v).any() for mask in labels.values())]
+    names = [name for name in task.labels if name in shown]
+    _draw(task, grey, spacing, centre, labels, names, out)
+
+
+def read_for_picture(task: Task, image: Path, masks: Mapping[str, Path]) -> tuple[NDArray, NDArray, dict[str, NDArray]]:
+    """An image as grey values in [0, 1], its voxel size in mm, and label values by title; all axes RAS.
+
+    Raises:
+        ValueError: as `picture`.
+    """
     volume = read_volume(image)
     check_image(volume, task)
     affine = volume.affine.numpy()
-    spacing = np.abs(_to_ras_axes(affine, np.linalg.norm(affine[:3, :3], axis=0)))
-    grey = _window(_to_ras(volume[0].numpy(), affine), task)
+    spacing = np.abs(to_ras_axes(affine, np.linalg.norm(affine[:3, :3], axis=0)))
+    grey = window(to_ras(volume[0].numpy(), affine), task)
     labels = {}
     for title, path in masks.items():
         values = align_label(read_volume(path), volume)[0].numpy()
@@ -52,11 +66,8 @@ def picture(task: Task, image: Path, masks: Mapping[str, Path], out: Path) -> No
         if unknown:
             valid = ", ".join(f"{value} ({name})" for value, name in task.value_names.items())
             raise ValueError(f"{path}: unknown label value {unknown[0]:g}; task {task.name!r} knows {valid}")
-        labels[title] = _to_ras(values, affine).astype(int)
-    centre = _centre(next(iter(labels.values()), np.zeros(grey.shape, int)))
-    shown = [n for v, n in task.value_names.items() if any((mask == v).any() for mask in labels.values())]
-    names = [name for name in task.labels if name in shown]
-    _draw(task, grey, spacing, centre, labels, names, out)
+        labels[title] = to_ras(values, affine).astype(int)
+    return grey, spacing, labels
 
 
 def _draw(
@@ -82,11 +93,11 @@ def _draw(
         figure.text(GAP / WIDTH, 1 - (top + TITLE / 2) / height, title, va="center", fontsize=11)
         top += TITLE
         left = left_over // 2
-        for plane in range(3):
-            tall, wide = (round(mm * scale) for mm in ((y, x), (z, x), (z, y))[plane])
-            pixels = np.repeat(_resized(_plane(grey, centre, plane), (tall, wide), 1)[..., None], 3, axis=-1)
+        for number in range(3):
+            tall, wide = (round(mm * scale) for mm in ((y, x), (z, x), (z, y))[number])
+            pixels = np.repeat(resized(plane(grey, centre, number), (tall, wide), 1)[..., None], 3, axis=-1)
             if mask is not None:
-                pixels = _overlay(pixels, _resized(_plane(mask, centre, plane), (tall, wide), 0), task)
+                pixels = overlay(pixels, resized(plane(mask, centre, number), (tall, wide), 0), task)
             offset = top + (row_height - tall) // 2
             axes = figure.add_axes((left / WIDTH, 1 - (offset + tall) / height, wide / WIDTH, tall / height))
             axes.imshow(pixels, interpolation="nearest", aspect="auto")
@@ -101,18 +112,18 @@ def _draw(
     figure.savefig(out, format="png")
 
 
-def _to_ras(array: NDArray, affine: NDArray) -> NDArray:
+def to_ras(array: NDArray, affine: NDArray) -> NDArray:
     """Turn the stored axes so that indices grow to the right, to the front and upward."""
     return orientations.apply_orientation(array, orientations.io_orientation(affine))
 
 
-def _to_ras_axes(affine: NDArray, values: NDArray) -> NDArray:
+def to_ras_axes(affine: NDArray, values: NDArray) -> NDArray:
     """One value a stored axis, put into the order of the RAS axes."""
     axes = orientations.io_orientation(affine)[:, 0].astype(int)
     return values[np.argsort(axes)]
 
 
-def _window(volume: NDArray, task: Task) -> NDArray:
+def window(volume: NDArray, task: Task) -> NDArray:
     if task.intensity.mode == "range":
         assert task.intensity.low is not None and task.intensity.high is not None
         low, high = task.intensity.low, task.intensity.high
@@ -128,19 +139,19 @@ def _centre(mask: NDArray) -> tuple[int, int, int]:
     return i, j, k
 
 
-def _plane(volume: NDArray, centre: tuple[int, int, int], plane: int) -> NDArray:
+def plane(volume: NDArray, centre: Sequence[int], number: int) -> NDArray:
     """Axial (0), coronal (1) or sagittal (2) plane of a RAS volume, rows from the top, columns from the left."""
-    taken = np.take(volume, centre[2 - plane], axis=2 - plane)
+    taken = np.take(volume, centre[2 - number], axis=2 - number)
     return taken[::-1, ::-1].T
 
 
-def _resized(plane: NDArray, size: tuple[int, int], order: int) -> NDArray:
+def resized(plane: NDArray, size: tuple[int, int], order: int) -> NDArray:
     """Linear (order 1) or nearest (0) interpolation to whole pixels."""
     zoom = np.array(size) / plane.shape
     return ndimage.zoom(plane, zoom, order=order, mode="nearest", grid_mode=True)
 
 
-def _overlay(pixels: NDArray, labels: NDArray, task: Task) -> NDArray:
+def overlay(pixels: NDArray, labels: NDArray, task: Task) -> NDArray:
     """Colour RGB pixels (rows, columns, 3) in [0, 1] by label; a pixel with another label beside it is an edge."""
     box = ndimage.generate_binary_structure(2, 2)
     edge = ndimage.maximum_filter(labels, footprint=box) != ndimage.minimum_filter(labels, footprint=box)
@@ -150,3 +161,15 @@ def _overlay(pixels: NDArray, labels: NDArray, task: Task) -> NDArray:
         if value < len(color):
             color[value] = np.array(task.labels[name].color) / 255
     return pixels * (1 - strength) + color[labels] * strength
+
+
+def opposed(pixels: NDArray, reference: NDArray, found: NDArray) -> NDArray:
+    """Colour RGB pixels (rows, columns, 3) by how two label planes differ: missed, too much, or another label."""
+    pixels = pixels.copy()
+    for color, where in (
+        (MISSED, (reference > 0) & (found == 0)),
+        (EXTRA, (reference == 0) & (found > 0)),
+        (CONFUSED, (reference > 0) & (found > 0) & (reference != found)),
+    ):
+        pixels[where] = 0.25 * pixels[where] + 0.75 * np.array(color) / 255
+    return pixels

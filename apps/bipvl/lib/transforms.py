@@ -231,7 +231,6 @@ def restore(probabilities: Tensor, image: MetaTensor | Mapping[str, Any], task: 
     shape = tuple(int(n) for n in meta["spatial_shape"][:3])
     source = MetaTensor(torch.as_tensor(probabilities.detach()).float(), affine=network)
     resample = SpatialResample(mode="bilinear", padding_mode="border", align_corners=False, dtype=np.float32)
-    decode = _decode_regions if task.overlapping else _decode_exclusive
 
     volume = np.zeros(shape, np.uint8 if max(task.label_values.values()) <= 255 else np.uint16)
     thickness = max(1, _SLAB_ELEMENTS // (task.out_channels * shape[0] * shape[1]))
@@ -245,6 +244,11 @@ def restore(probabilities: Tensor, image: MetaTensor | Mapping[str, Any], task: 
         inside = _inside(torch.linalg.solve(network, affine).numpy(), size, source.shape[1:])
         volume[..., start:stop] = np.where(inside, labels, 0)
     return volume
+
+
+def decode(probabilities: Tensor, task: Task) -> Tensor:
+    """Probabilities (channels, …) to label values (…) on the same grid: the decision of `restore`."""
+    return (_decode_regions if task.overlapping else _decode_exclusive)(probabilities, task)
 
 
 def largest_components(volume: np.ndarray, values: Sequence[int]) -> np.ndarray:

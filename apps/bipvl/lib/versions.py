@@ -1,6 +1,7 @@
 """Published model versions: one self-contained checkpoint a version, and a pointer to the one that is served.
 
     model/<task>/v0001.pt, v0002.pt, …    checkpoints, never rewritten
+    model/<task>/v0001.html, …            reports of the rounds that made them (`lib.report`)
     model/<task>/v0001.json, …            their manifests with the checkpoint's sha256, so that listing reads no tensors
     model/<task>/served.json              {"version": 2}
     model/<task>/history.jsonl            a line each time another version is served: time, from, to, why
@@ -72,6 +73,10 @@ class Versions:
 
     def path(self, version: int) -> Path:
         return self.folder / f"v{version:04d}.pt"
+
+    def report(self, version: int) -> Path:
+        """Where the page of a version's round is; not every version has one."""
+        return self.path(version).with_suffix(".html")
 
     @property
     def served(self) -> int | None:
@@ -182,8 +187,8 @@ class Versions:
         return manifest
 
     def manifests(self) -> list[dict[str, Any]]:
-        """The manifests of all versions, oldest first, each with `version` and `served`; `damaged` says why one cannot
-        be read."""
+        """The manifests of all versions, oldest first, each with `version`, `served` and the file name of its `report`
+        or None; `damaged` says why one cannot be read."""
         try:
             served = self.served
         except CheckpointError:
@@ -194,7 +199,9 @@ class Versions:
                 manifest = self.manifest(version)
             except CheckpointError as error:
                 manifest = {"damaged": str(error)}
-            found.append({**manifest, "version": version, "served": version == served})
+            page = self.report(version)
+            report = page.name if page.is_file() else None
+            found.append({**manifest, "version": version, "served": version == served, "report": report})
         return found
 
     def seen(self, version: int | None) -> list[str]:
@@ -269,6 +276,7 @@ class Versions:
             if old not in protected:
                 self.path(old).unlink(missing_ok=True)
                 self._sidecar(old).unlink(missing_ok=True)
+                self.report(old).unlink(missing_ok=True)
 
     def _point_to(self, version: int, why: str) -> None:
         line = {"time": now(), "from": self._served_or_none(), "to": version, "why": why}

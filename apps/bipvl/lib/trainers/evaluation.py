@@ -11,7 +11,8 @@ from monai.networks.utils import one_hot
 from torch import Tensor
 
 from lib.nets import BiPVLSeg
-from lib.segment import predict
+from lib.report import Examined
+from lib.segment import Prediction, predict
 from lib.tasks import Task
 from lib.transforms import apply, load
 
@@ -24,7 +25,9 @@ class CaseScores:
     shown: dict[str, list[str]] = field(default_factory=dict)
 
 
-def score_cases(model: BiPVLSeg, task: Task, cases: Sequence[dict[Any, Any]]) -> CaseScores:
+def score_cases(
+    model: BiPVLSeg, task: Task, cases: Sequence[dict[Any, Any]], examined: Examined | None = None
+) -> CaseScores:
     """Score a model on whole volumes, on the grid of its own task.
 
     Dice is 1 where prediction and label are both empty and 0 where only one of them is. Classes that a label was not
@@ -34,12 +37,16 @@ def score_cases(model: BiPVLSeg, task: Task, cases: Sequence[dict[Any, Any]]) ->
         model: on the device to use.
         task: the task that the model was trained for.
         cases: with `id`, `image`, `label` and, where a label is partial, `annotated`.
+        examined: is told of every case.
     """
     scores, was_training = CaseScores(), model.training
     model.eval()
     for case in cases:
         data = apply(load(task, label=True), {**case})
-        pred, label = masks(model, task, data["image"], data["label"])
+        prediction = predict(model, data["image"], task)
+        pred, label = _masks(prediction, task, data["label"])
+        if examined:
+            examined.prediction(data, prediction, pred, label)
         known = [name for name, declared in zip(task.classes, data["annotated"].tolist(), strict=True) if declared]
         dice = dict(zip(task.classes, class_dice(pred, label), strict=True))
         voxels = dict(zip(task.classes, label.flatten(1).sum(1).tolist(), strict=True))
@@ -51,7 +58,11 @@ def score_cases(model: BiPVLSeg, task: Task, cases: Sequence[dict[Any, Any]]) ->
 
 def masks(model: BiPVLSeg, task: Task, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     """Predicted and true masks (C, h, w, d) of one preprocessed volume, 0 or 1, on the CPU."""
-    probabilities = predict(model, image, task).probabilities.cpu()
+    return _masks(predict(model, image, task), task, label)
+
+
+def _masks(prediction: Prediction, task: Task, label: Tensor) -> tuple[Tensor, Tensor]:
+    probabilities = prediction.probabilities.cpu()
     label = torch.as_tensor(label).as_subclass(torch.Tensor).cpu()
     if task.overlapping:
         return (probabilities > 0.5).float(), label.float()

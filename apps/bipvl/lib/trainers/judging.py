@@ -18,6 +18,7 @@ from lib import checkpoints
 from lib.checkpoints import CheckpointError, restore_model
 from lib.gate import Decision, decide
 from lib.nets import BiPVLSeg
+from lib.report import Examined, round_report, write_report
 from lib.tasks import Task
 from lib.trainers import rounds
 from lib.trainers.evaluation import CaseScores, score_cases
@@ -28,6 +29,7 @@ from lib.versions import Versions, now
 
 logger = logging.getLogger(__name__)
 
+WITHOUT_VALIDATION = 2  # training cases in the report of a round that has no others
 PACKAGES = ("torch", "monai", "monailabel", "transformers")
 
 
@@ -39,6 +41,7 @@ def judge(
     validation: Sequence[dict[str, Any]],
     request: dict[str, Any],
     device: torch.device,
+    examined: Examined | None = None,
 ) -> tuple[Decision, dict[str, Any]]:
     """Decide whether a round's model may take the place of the served version.
 
@@ -50,6 +53,7 @@ def judge(
         candidate: the round's checkpoint, with its manifest.
         training, validation: the round's cases.
         request: gate_margin, gate_min_cases, gate_unjudged.
+        examined: is told of every case that the candidate is scored on.
 
     Returns:
         The decision, and what the manifest says of it.
@@ -66,7 +70,7 @@ def judge(
     if validation or not folds:
         cases = [c for c in validation if c["id"] not in left_out]
         model, own_task = restore_model(candidate)
-        ours = score_cases(model.to(device), own_task, cases)
+        ours = score_cases(model.to(device), own_task, cases, examined)
         if served and theirs is not None:
             theirs = score_cases(*served, cases)
     else:
@@ -132,10 +136,13 @@ def publish(context: Context, task: Task, versions: Versions, tracker: Tracker) 
     this: Round = context.request["round"]
     best = Path(context.output_dir) / rounds.BEST
     checkpoint = checkpoints.load(best) if best.is_file() else checkpoint_of(context, task)
-    decision, gate = judge(checkpoint, task, versions, this.training, this.validation, context.request, context.device)
+    decision, gate = judge(
+        checkpoint, task, versions, this.training, this.validation, context.request, context.device, this.examined
+    )
     manifest = {**checkpoint["manifest"], "gate": gate, "time": now()}
     manifest["seconds"] = round(time.time() - context.start_ts, 1)
     version = versions.publish({**checkpoint, "manifest": manifest}, decision.publish, f"round: {gate['reason']}")
+    _report(checkpoint, version, context, task, versions, tracker)
     for left in (rounds.LAST, rounds.BEST):
         (Path(context.output_dir) / left).unlink(missing_ok=True)
     outcome = {"version": version, "served": versions.served, "gate": gate, "audit": this.audit}
@@ -150,6 +157,31 @@ def publish(context: Context, task: Task, versions: Versions, tracker: Tracker) 
             *(version, task.name, gate["reason"], task.name, version, version, task.name),
         )
     return outcome
+
+
+def _report(
+    checkpoint: dict[str, Any], version: int, context: Context, task: Task, versions: Versions, tracker: Tracker
+) -> None:
+    """Write the version's report beside it. What goes wrong is logged: the version is published all the same."""
+    this: Round = context.request["round"]
+    try:
+        examined = this.examined
+        scored = "Cases that this model was not trained on, on the network's grid; surface Dice at 2 mm."
+        if this.cross_validation:
+            scored = "Each case by the model of the fold that left it out, on the network's grid; surface Dice at 2 mm."
+        if not examined.rows:
+            model, own_task = restore_model(checkpoint)
+            some = this.training[:WITHOUT_VALIDATION]
+            score_cases(model.to(context.device), own_task, some, examined)
+            scored = (
+                f"No case was set aside. These are {len(some)} of the cases that the model WAS trained on: they show "
+                "that it learns, not how good it is."
+            )
+        page = round_report(task, version, versions.manifests(), tracker.history, examined, scored)
+        write_report(page, versions.report(version))
+        logger.info("Report: %s", versions.report(version))
+    except Exception:
+        logger.exception("Version %d has no report", version)
 
 
 def checkpoint_of(context: Context, task: Task) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from monailabel.utils.others.generic import strtobool
 
 from lib.checkpoints import DamagedCheckpoint, load_tensors, save
 from lib.files import clear_unfinished, write_json
+from lib.report import Examined
 from lib.tasks import Task
 from lib.trainers.objective import unwrapped
 from lib.versions import now
@@ -34,6 +35,7 @@ MATCHING = (
 NUMBERS = (
     ("max_epochs", int, 1),
     ("train_batch_size", int, 1),
+    ("val_batch_size", int, 1),
     ("patches_per_case", int, 1),
     ("val_interval", int, 1),
     ("learning_rate", float, 1e-12),
@@ -69,6 +71,7 @@ class Round:
 
     audit: table and problems of the labels, for the statistics.
     training, validation: the cases of each side.
+    examined: what the report shows of the cases that the round's model, or a fold's, was scored on.
     identity: what must be the same for the round to be resumed.
     parent: the version that the round starts from, None for fresh weights.
     seen: the cases that the parent and its ancestors were trained on.
@@ -80,6 +83,7 @@ class Round:
     audit: dict[str, Any]
     training: list[dict[str, Any]]
     validation: list[dict[str, Any]]
+    examined: Examined
     identity: dict[str, Any] = field(default_factory=dict)
     parent: int | None = None
     seen: list[str] = field(default_factory=list)
@@ -104,6 +108,8 @@ def checked(request: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{key}: expected a number, got {request[key]!r}") from None
         if not request[key] >= low:
             raise ValueError(f"{key}: {request[key]} is too small; the least is {low}")
+    if request["val_split"] >= 1:
+        raise ValueError(f"val_split {request['val_split']}: valid is 0 up to, but not including, 1")
     for key in ("pretrained", "resume", "cross_validate"):
         try:
             request[key] = bool(strtobool(request[key]))
@@ -135,6 +141,7 @@ def only_round(folder: Path, task: str) -> Iterator[None]:
     try:
         write_json(holder, {"pid": os.getpid(), "started": now()})
         clear_unfinished(folder, "*.pt")
+        clear_unfinished(folder.parent, "v*.html")
         for cache in folder.glob("cache_*"):  # of preprocessed cases; a round removes its own unless it is killed
             shutil.rmtree(cache, ignore_errors=True)
         yield
@@ -209,7 +216,9 @@ def restore(context: Context, stop: EarlyStopping | None) -> None:
         stop.load_state_dict(state["stop"])
 
 
-def snapshot(context: Context, losses: list[float], stop: EarlyStopping | None) -> dict[str, Any]:
+def snapshot(
+    context: Context, history: dict[str, list[tuple[int, float]]], stop: EarlyStopping | None
+) -> dict[str, Any]:
     """What brings network and engines back to the end of this epoch."""
     network, evaluator = unwrapped(context.network), context.evaluator
     assets = network.model.text.assets
@@ -221,7 +230,7 @@ def snapshot(context: Context, losses: list[float], stop: EarlyStopping | None) 
         "schedule": context.schedule.state_dict(),
         "best": (float(evaluator.state.best_metric), evaluator.state.best_metric_epoch) if evaluator else None,
         "stop": dict(stop.state_dict()) if stop else None,
-        "losses": losses,
+        "history": dict(history),
     }
 
 

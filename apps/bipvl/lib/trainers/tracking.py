@@ -20,6 +20,8 @@ from lib.trainers.objective import unwrapped
 
 logger = logging.getLogger(__name__)
 
+History = dict[str, list[tuple[int, float]]]
+
 
 class Tracker:
     """Collects every loss part, each sigma, learning rate, throughput and Dice per class.
@@ -30,21 +32,24 @@ class Tracker:
 
     Args:
         prefix: what the lines begin with, the name of a fold.
-        losses: of the epochs before a resumed round was stopped.
+        history: of the epochs before a resumed round was stopped.
+
+    `history` holds every scalar as points (epoch, value).
     """
 
-    def __init__(self, context: Context, task: Task, prefix: str = "", losses: list[float] | None = None) -> None:
+    def __init__(self, context: Context, task: Task, prefix: str = "", history: History | None = None) -> None:
         self.context = context
         self.task = task
         self.prefix = f"{prefix}, " if prefix else ""
         self.board = SummaryWriter(context.events_dir)
         self.mlflow = _start_mlflow(context) if str(context.tracking).lower() == "mlflow" else None
         self.latest: dict[str, float] = {}
-        self.losses: list[float] = list(losses or [])
-        self._epochs_before = len(self.losses)
+        self.history: History = defaultdict(list, {name: list(points) for name, points in (history or {}).items()})
+        self._epochs_before = len(self.history["loss"])
         self._sums: dict[str, float] = defaultdict(float)
         self._patches = 0
         self._epoch_start = time.time()
+        self._seconds_left: int | None = None
 
     def attach(self, trainer: Engine, evaluator: Engine | None) -> None:
         for engine in (trainer, evaluator) if evaluator else (trainer,):
@@ -63,7 +68,8 @@ class Tracker:
         return {
             **stats,
             "latest": {k: round(v, 6) for k, v in self.latest.items()},
-            "loss_history": [round(v, 6) for v in self.losses],
+            "seconds_left": self._seconds_left,
+            "loss_history": [round(v, 6) for _, v in self.history["loss"]],
             **({"fold": self.prefix.rstrip(", ")} if self.prefix else {}),
         }
 
@@ -90,12 +96,11 @@ class Tracker:
         scalars |= network.sigmas()
         scalars["learning_rate"] = self.context.optimizer.param_groups[0]["lr"]
         scalars["patches_per_second"] = self._patches / max(seconds, 1e-9)
-        self.losses.append(scalars["loss"])
         self._record(scalars, state.epoch)
 
         elapsed = time.time() - self.context.start_ts
         each = elapsed / (state.epoch - self._epochs_before)
-        left = datetime.timedelta(seconds=round(each * (state.max_epochs - state.epoch)))
+        self._seconds_left = round(each * (state.max_epochs - state.epoch))
         logger.info(
             "%sEpoch %d/%d: loss %.4f (segmentation %.4f, class embedding %.4f, alignment %.4f), sigma %.3f %.3f %.3f, "
             "lr %.2e, %.1f s, time left %s",
@@ -106,7 +111,7 @@ class Tracker:
             *network.sigmas().values(),
             scalars["learning_rate"],
             seconds,
-            left,
+            datetime.timedelta(seconds=self._seconds_left),
         )
 
     def _validated(self, evaluator: Any) -> None:
@@ -133,6 +138,7 @@ class Tracker:
     def _record(self, scalars: dict[str, float], epoch: int) -> None:
         self.latest |= scalars
         for name, value in scalars.items():
+            self.history[name].append((epoch, value))
             self.board.add_scalar(name, value, epoch)
         self.board.flush()
         if self.mlflow:
