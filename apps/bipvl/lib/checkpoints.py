@@ -100,8 +100,6 @@ def restore_model(
         CheckpointError: weights that do not fit the network of its own task, or are not finite.
     """
     task = task_from_dict(checkpoint["task"], str(path))
-    if current is not None and task.model.head == "text" and task.overlapping == current.overlapping:
-        task = task.extended(current)
     try:
         model = build_model(task, text_assets(checkpoint))
         model.load_state_dict(checkpoint["model"])
@@ -110,6 +108,10 @@ def restore_model(
         raise CheckpointError(f"{path}: the weights do not fit: {brief(error)}") from error
     if not all(torch.isfinite(tensor).all() for tensor in model.state_dict().values()):
         raise CheckpointError(f"{path}: the weights hold NaN or infinity")
+    reads = current is not None and task.model.head == "text" and task.overlapping == current.overlapping
+    if current is not None and reads and current.classes != task.classes:
+        task = task.extended(current)
+        model.text.describe(task.text_rows())
     return model, task
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lib.alignment import aggregate_text, concept_weights
 from lib.nets.fusion import WINDOW, BiFusion, IdentityFusion
 from lib.nets.heads import GRID, ClassEmbedding, FixedHead, TextClassEmbedding, TextHead, distinction
-from lib.nets.text import Sentences, StageDividedBert, TextAssets, build_text
+from lib.nets.text import Sentences, StageDividedBert, TextAssets, TextStates, build_text
 from lib.nets.vision import STAGES, VisionBackbone, build_vision
 from lib.tasks import Task
 
@@ -82,11 +82,8 @@ class BiPVLSeg(nn.Module):
             sentences: text for this call in place of the task's own, from `text.tokenize`. With the text head it may
                 describe other classes, and any number of them.
         """
-        reads = isinstance(self.head, TextHead)
-        assert reads or sentences is None or sentences.classes == self.text.classes
         classes = sentences.classes if sentences else self.text.classes
-        own = self.text.read() if reads or sentences is None or sentences.rows is not None else None
-        states = self.text.read(sentences, own)
+        states, apart = self._read(sentences, classes)
         rows = states.rows.expand(image.shape[0], -1, -1)  # (B, C*K, E)
         x, early = self.vision.stem(image)
         maps = []
@@ -98,11 +95,6 @@ class BiPVLSeg(nn.Module):
             maps.append(x)
         features = self.vision.decode(image, early, maps)
 
-        apart = None
-        if reads:
-            assert own is not None
-            meanings = (s.meaning.unflatten(0, (n, -1)) for s, n in ((states, classes), (own, self.text.classes)))
-            apart = distinction(*meanings)
         concept_rows = rows.unflatten(1, (classes, -1))
         concepts = self.project_text(concept_rows)
         class_map, vectors = self.embedding(x, concepts, apart)
@@ -110,6 +102,22 @@ class BiPVLSeg(nn.Module):
         weights = concept_weights(concepts, seen)
         text = aggregate_text(concepts, weights)
         return Output(self.head(features, text, apart), class_map, concept_rows, concepts, seen, weights, text)
+
+    def _read(self, sentences: Sentences | None, classes: int) -> tuple[TextStates, Tensor | None]:
+        """The sentences, and for the text head what sets their classes apart."""
+        text = self.text
+        if isinstance(self.head, FixedHead):
+            assert classes == text.classes, f"{classes} classes for a head of {text.classes}"
+            return text.read(sentences), None
+        reference = text.read(text.reference)
+        if sentences is None and text.reference is None:
+            states = reference
+        elif sentences is not None and sentences.rows is not None:  # a part of the task's own text
+            states = (reference if text.reference is None else text.read()).select(sentences.rows)
+        else:
+            states = text.read(sentences)
+        own = reference.meaning.unflatten(0, (text.reference.classes if text.reference else text.classes, -1))
+        return states, distinction(states.meaning.unflatten(0, (classes, -1)), own)
 
 
 def build_model(task: Task, assets: TextAssets | None = None) -> BiPVLSeg:

@@ -82,6 +82,7 @@ class StageDividedBert(nn.Module):
         checkpointing: recompute activations in the backward pass.
 
     Attributes:
+        reference: the text that the text head sets classes apart from; None for the task's own.
         token_passes: how often all tokens went through the encoder; a counter for tests and benchmarks.
     """
 
@@ -101,6 +102,7 @@ class StageDividedBert(nn.Module):
         self.register_buffer("ids", own.ids, persistent=False)
         self.register_buffer("mask", own.mask, persistent=False)
         self.key, self.classes = own.key, own.classes
+        self.reference: Sentences | None = None
         self.token_passes = 0
         self._cache: OrderedDict[tuple, TextStates] = OrderedDict()
         self.checkpointing = checkpointing
@@ -143,20 +145,19 @@ class StageDividedBert(nn.Module):
             mask[i, : len(e.ids)] = True
         return Sentences(ids, mask, hashlib.sha256(json.dumps(texts).encode()).hexdigest(), len(rows))
 
-    def read(self, sentences: Sentences | None = None, own: TextStates | None = None) -> TextStates:
-        """Read all sentences: every token through the encoder, once.
+    def describe(self, rows: list[list[str]]) -> None:
+        """Have other classes as the task's own from here on. What classes are set apart from stays the text of before,
+        with which the weights were trained."""
+        self.reference = self.reference or self.sentences
+        own = self.tokenize(rows).to(self.ids.device)
+        self.ids, self.mask, self.key, self.classes = own.ids, own.mask, own.key, own.classes
+
+    def read(self, sentences: Sentences | None = None) -> TextStates:
+        """Read all sentences: every token through the encoder, once. None: the task's own.
 
         Without gradients and outside training the result is kept until weights, text, device or precision change.
-
-        Args:
-            sentences: None for the task's own.
-            own: the states of the task's own text, where they are at hand: nothing of it is read again.
         """
-        if own is not None and sentences is None:
-            return own
-        if own is not None and sentences is not None and sentences.rows is not None:
-            return own.select(sentences.rows)
-        sentences = (sentences or self.sentences).to(self.ids.device)
+        sentences = sentences or self.sentences
         if self.training or torch.is_grad_enabled():
             return self._read(sentences)
         kind = self.ids.device.type
@@ -174,6 +175,7 @@ class StageDividedBert(nn.Module):
 
     def _read(self, sentences: Sentences) -> TextStates:
         self.token_passes += 1
+        sentences = sentences.to(self.ids.device)
         layers: Any = self.bert.encoder.layer
         bias = torch.zeros(sentences.mask.shape, device=self.ids.device).masked_fill(~sentences.mask, -torch.inf)
         bias = bias[:, None, None, :]  # (R, 1, 1, L)
