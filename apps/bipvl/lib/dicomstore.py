@@ -193,7 +193,6 @@ class DicomStore(LocalStore):
     # Changes ------------------------------------------------------------------------------------------------------
 
     def add_image(self, image_id: str | None, image_filename: str, image_info: dict[str, Any] | None) -> str:
-        check_uid(image_id)
         raise ConflictError("images come from the archive: store the DICOM series there")
 
     def remove_image(self, image_id: str) -> None:
@@ -420,7 +419,7 @@ class DicomStore(LocalStore):
 
     def _task_of(self, info: dict[str, Any], names: dict[int, str] | None, mask: np.ndarray) -> Task:
         """The task that a label belongs to: the one that the client names, that knows its names, or its values."""
-        if info.get("model") is not None:
+        if info.get("model"):  # empty where 3D Slicer has none chosen
             return self._task_named(info["model"])
         shown = [int(value) for value in np.flatnonzero(np.bincount(mask.ravel())) if value]
         if names is not None:
