@@ -1,4 +1,4 @@
-"""3D Slicer's road: its module's requests against a real server, on a folder and on a DICOM archive."""
+"""3D Slicer's road: the requests of its module, what it makes of the answers, and what it sends."""
 
 from __future__ import annotations
 
@@ -23,9 +23,8 @@ from lib.phantom import write_studies
 from lib.tasks import list_tasks, load_task
 from lib.trainers import BiPVLTrain
 from lib.web import choices
-from server import ELSEWHERE, Server, add_case
+from server import ELSEWHERE, Server
 from slicer import Slicer, shown, widget_of
-from test_server import SMALL as SMALL_CT
 from test_training import SMALL
 
 FROM_ELSEWHERE = {"X-Forwarded-For": ELSEWHERE}
@@ -349,44 +348,3 @@ def test_a_second_training_and_stop(slicer):
 def _volume(path: Path, added: int) -> tuple[np.ndarray, np.ndarray]:
     image = nib.load(path)
     return np.asarray(image.dataobj) + np.int16(added), image.affine
-
-
-# The whole loop -----------------------------------------------------------------------------------------------------
-
-
-def _loop(slicer: Slicer, model: str, truth: np.ndarray, **training: str) -> None:
-    """Next Sample, Run, correct, Submit, Train, Run again: another version, and the next case is another one."""
-    case = slicer.next_sample()
-    first = slicer.run(model, overlap="0.25")
-    assert first["model_version"] == 0 and "untrained" in first["warnings"][0]
-    for name, value in slicer.info["models"][model]["labels"].items():
-        slicer.segments[name] = truth == value
-    slicer.segments.pop("spleen")  # a segment that was deleted and drawn again comes last, and changes all numbers
-    slicer.segments["spleen"] = truth == slicer.info["models"][model]["labels"]["spleen"]
-    done = slicer.info["datastore"]["completed"]
-    slicer.submit()
-    assert slicer.info["datastore"]["completed"] == done + 1
-    slicer.train(model, tracking="None", **training)
-    deadline = time.monotonic() + 600
-    while (status := slicer.watch())["status"] in ("SUBMITTED", "RUNNING") and time.monotonic() < deadline:
-        time.sleep(1)
-    assert status["status"] == "DONE", "\n".join(status["details"])
-    slicer.connect()
-    assert slicer.info["models"][model]["version"] == 1
-    again = slicer.run(model, overlap="0.25")
-    assert again["model_version"] == 1 and again["warnings"] == []
-    assert slicer.next_sample() != case
-
-
-@pytest.mark.slow
-def test_loop_on_a_folder(real_data, tmp_path):
-    """Real CT, as a user on the server's own machine: files are opened where they are."""
-    folder, studies = real_data / "abdomen_ct", tmp_path / "studies"
-    add_case(studies, folder / "ts-example_ct.nii.gz", "first")
-    add_case(studies, folder / "ts-s0009_ct.nii.gz", "second")
-    truth = np.asarray(nib.load(folder / "ts-example_label-amos15.nii.gz").dataobj)
-    conf = {"models": "amos22-ct", "spacing": "[6, 6, 6]", "patch": "[64, 64, 64]", **SMALL_CT}
-    with Server(studies, tmp_path / "models", conf) as server:
-        slicer = Slicer(server.url, tmp_path / "slicer", shared=True)
-        _loop(slicer, "amos22-ct", truth, max_epochs="3", val_split="0", cross_validate="")
-    assert np.array_equal(np.asarray(nib.load(studies / "labels" / "final" / "first.nii.gz").dataobj), truth)
