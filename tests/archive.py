@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import socket
@@ -20,6 +21,8 @@ import requests
 import uvicorn
 from fastapi import FastAPI
 from monailabel.config import Settings
+from pydicom import dcmread
+from pydicom.dataset import Dataset
 
 from lib.web import proxy
 
@@ -49,23 +52,30 @@ class Archive:
 
     Args:
         folder: for its database, configuration and log; created.
+        account: name and password that it asks for, else none.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, account: tuple[str, str] | None = None) -> None:
+        self.folder, self.account = folder, account
         self.rest = f"http://127.0.0.1:{free_port()}"
         self.url = f"{self.rest}/dicom-web"
 
     def __enter__(self) -> Archive:
-        assert PROGRAM, "mark the test with needs_orthanc"
         self.folder.mkdir(parents=True)
+        self.start()
+        return self
+
+    def start(self) -> None:
+        """Start it, also again after `stop`, on the same port."""
+        assert PROGRAM, "mark the test with needs_orthanc"
         settings = {
             "StorageDirectory": str(self.folder / "storage"),
             "IndexDirectory": str(self.folder / "storage"),
             "HttpPort": int(self.rest.rpartition(":")[2]),
             "DicomServerEnabled": False,
             "RemoteAccessAllowed": False,
-            "AuthenticationEnabled": False,
+            "AuthenticationEnabled": self.account is not None,
+            "RegisteredUsers": dict([self.account]) if self.account else {},
             "Plugins": [str(PLUGIN)],
             "DicomWeb": {"Enable": True, "Root": "/dicom-web/"},
         }
@@ -77,14 +87,18 @@ class Archive:
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
-                requests.get(f"{self.url}/studies", timeout=5).raise_for_status()
-                return self
+                requests.get(f"{self.url}/studies", timeout=5, auth=self.account).raise_for_status()
+                return
             except requests.RequestException:
                 time.sleep(0.1)
-        self.__exit__()
+        self.stop()
         raise AssertionError(f"Orthanc did not start:\n{(self.folder / 'log').read_text(errors='replace')}")
 
     def __exit__(self, *_: Any) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Stop it."""
         self.process.terminate()
         try:
             self.process.wait(20)
@@ -93,14 +107,34 @@ class Archive:
             self.process.wait()
 
     def store(self, *folders: Path) -> None:
-        """Store every file of these folders."""
+        """Store these files, and every file of these folders."""
+        files = [file for f in folders for file in (sorted(f.iterdir()) if f.is_dir() else [f])]
         with requests.Session() as session:
-            for file in sorted(file for folder in folders for file in folder.iterdir()):
+            session.auth = self.account
+            for file in files:
                 session.post(f"{self.rest}/instances", data=file.read_bytes(), timeout=60).raise_for_status()
 
     def instances(self) -> int:
         """How many it holds."""
-        return int(requests.get(f"{self.rest}/statistics", timeout=60).json()["CountInstances"])
+        return int(self._get("statistics").json()["CountInstances"])
+
+    def segs(self) -> list[Dataset]:
+        """All segmentations, as stored, the oldest first."""
+        query = {"Level": "Instance", "Query": {"Modality": "SEG"}}
+        answer = requests.post(f"{self.rest}/tools/find", json=query, timeout=60, auth=self.account)
+        found = [dcmread(io.BytesIO(self._get(f"instances/{i}/file").content)) for i in answer.json()]
+        return sorted(found, key=lambda ds: (ds.ContentDate, float(ds.ContentTime)))
+
+    def remove_series(self, uid: str) -> None:
+        """Delete a series."""
+        query = {"Level": "Series", "Query": {"SeriesInstanceUID": uid}}
+        (series,) = requests.post(f"{self.rest}/tools/find", json=query, timeout=60, auth=self.account).json()
+        requests.delete(f"{self.rest}/series/{series}", timeout=60, auth=self.account).raise_for_status()
+
+    def _get(self, path: str) -> requests.Response:
+        answer = requests.get(f"{self.rest}/{path}", timeout=60, auth=self.account)
+        answer.raise_for_status()
+        return answer
 
 
 @contextmanager

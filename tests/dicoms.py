@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pydicom
+import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage, generate_uid
 
+DCIODVFY = shutil.which("dciodvfy")
+needs_dciodvfy = pytest.mark.skipif(
+    DCIODVFY is None, reason="dciodvfy is not installed (Debian, Ubuntu: apt-get install dicom3tools)"
+)
 AXIAL = (1, 0, 0, 0, 1, 0)
 
 
@@ -74,7 +86,71 @@ def with_uids(source: Path, folder: Path, seed: str = "j2k") -> str:
     study, series, frame = (generate_uid(entropy_srcs=[seed, what]) for what in ("study", "series", "frame"))
     for number, file in enumerate(sorted(source.iterdir())):
         ds = pydicom.dcmread(file, force=True)
+        ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = CTImageStorage
         ds.StudyInstanceUID, ds.SeriesInstanceUID, ds.FrameOfReferenceUID = study, series, frame
         ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=[seed, str(number)])
         ds.save_as(folder / f"{number}.dcm")
     return str(series)
+
+
+def dcmqi_seg(
+    folder: Path,
+    mask: np.ndarray,
+    affine: np.ndarray,
+    names: Mapping[int, str],
+    target: Path,
+    kind: str = "binary",
+    **more: Any,
+) -> Path:
+    """A SEG made by dcmqi, as 3D Slicer and many programs make theirs.
+
+    Args:
+        folder: of the series' files.
+        mask: values on the grid of the series.
+        names: value to segment name, in the order of the segments' numbers.
+        kind: `binary`, or `labelmap`, the newer form.
+        more: further keys of dcmqi's description.
+    """
+    code = {"CodingSchemeDesignator": "SCT"}
+    segments = [
+        {
+            "labelID": value,
+            "SegmentLabel": name,
+            "SegmentDescription": name,
+            "SegmentAlgorithmType": "MANUAL",
+            "SegmentedPropertyCategoryCodeSequence": {**code, "CodeValue": "85756007", "CodeMeaning": "Tissue"},
+            "SegmentedPropertyTypeCodeSequence": {**code, "CodeValue": "85756007", "CodeMeaning": "Tissue"},
+            "recommendedDisplayRGBValue": [128, 174, 128],
+        }
+        for value, name in names.items()
+    ]
+    described = {
+        "ContentCreatorName": "Reader1",
+        "ClinicalTrialSeriesID": "1",
+        "ClinicalTrialTimePointID": "1",
+        "SeriesDescription": "Segmentation",
+        "SeriesNumber": "300",
+        "InstanceNumber": "1",
+        "segmentAttributes": [segments],
+        "ContentLabel": "SEGMENTATION",
+        "ContentDescription": "another program",
+        "ClinicalTrialCoordinatingCenterName": "dcmqi",
+        "BodyPartExamined": "",
+        **more,
+    }
+    label, meta = target.with_suffix(".nii.gz"), target.with_suffix(".json")
+    nib.save(nib.Nifti1Image(mask, affine), label)
+    meta.write_text(json.dumps(described))
+    command = [str(Path(sys.executable).with_name("itkimage2segimage")), "--skip", "1", "--inputImageList", str(label)]
+    command += ["--inputDICOMDirectory", str(folder), "--outputDICOM", str(target), "--inputMetadata", str(meta)]
+    command += ["--segmentationType", kind]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert target.exists(), done.stdout + done.stderr
+    return target
+
+
+def iod_errors(file: Path) -> list[str]:
+    """What dciodvfy holds against a file."""
+    assert DCIODVFY, "mark the test with needs_dciodvfy"
+    done = subprocess.run([DCIODVFY, str(file)], capture_output=True, text=True, check=False)
+    return [line for line in done.stderr.splitlines() if line.startswith("Error")]

@@ -22,6 +22,7 @@ from monailabel.tasks.activelearning.first import First
 from monailabel.tasks.activelearning.random import Random
 
 from lib.datastores import FINAL, LocalStore
+from lib.dicomimage import SeriesError
 from lib.dicomstore import DicomStore
 from lib.infers import BiPVLInfer
 from lib.leases import DEFAULT_MINUTES, Leases, Offer
@@ -97,15 +98,21 @@ class BiPVLApp(MONAILabelApp):
         if strategy not in self._strategies:
             raise HTTPException(404, f"unknown strategy {strategy!r}; valid are {', '.join(self._strategies)}")
         person = str(request.get("who") or request.get("client_id") or "")
-        with self.leases.lock:
-            offer = Offer(self.datastore(), self.leases.taken(person))
-            found = self._strategies[strategy]({**request, "strategy": strategy}, offer)
-            if not found or not found.get("id"):
-                return {}
-            self.leases.lease(found["id"], person)
+        while True:
+            with self.leases.lock:
+                offer = Offer(self.datastore(), self.leases.taken(person))
+                found = self._strategies[strategy]({**request, "strategy": strategy}, offer)
+                if not found or not found.get("id"):
+                    return {}
+                self.leases.lease(found["id"], person)
+            try:
+                path = self.datastore().get_image_uri(found["id"])
+                break
+            except SeriesError:  # a series of the archive that is no volume, which its store offers only once
+                self.leases.release(found["id"])
         if self._scoring_methods and settings.MONAI_LABEL_AUTO_UPDATE_SCORING:
             self.async_scoring(None)
-        return {**found, "path": self.datastore().get_image_uri(found["id"])}
+        return {**found, "path": path}
 
     def check_annotated(self, names: Any) -> None:
         """Whether some task of this server has all classes that a label declares.

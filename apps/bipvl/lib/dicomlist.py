@@ -172,13 +172,13 @@ def created(ds: Dataset) -> str:
     """
     for what in ("Content", "InstanceCreation", "Series"):
         date, time_of_day = str(ds.get(f"{what}Date") or ""), str(ds.get(f"{what}Time") or "")
-        text = date.replace(".", "") + (time_of_day.replace(":", "") or "000000")
-        for form in ("%Y%m%d%H%M%S.%f", "%Y%m%d%H%M%S", "%Y%m%d%H%M", "%Y%m%d%H"):
-            try:
-                when = datetime.strptime(text, form)
-            except ValueError:
-                continue
-            return _local(when, str(ds.get("TimezoneOffsetFromUTC") or "")).isoformat()
+        whole, _, part = time_of_day.replace(":", "").strip().partition(".")  # HHMMSS.FFFFFF, or less from the right
+        try:
+            text = f"{date.replace('.', '').strip()}{whole:0<6}.{part:0<6}"
+            when = datetime.strptime(text[:21], "%Y%m%d%H%M%S.%f")
+        except ValueError:
+            continue
+        return _local(when, str(ds.get("TimezoneOffsetFromUTC") or "")).isoformat()
     return EPOCH
 
 

@@ -115,13 +115,11 @@ def write_seg(
     segments = [_description(number, name, task, who.get(name, MadeBy())) for number, name in enumerate(names, start=1)]
     first = headers[0]
     distance = float(np.linalg.norm(volume.affine[:3, 2]))
-    thickness = first.get("SliceThickness")
-    measures = PixelMeasuresSequence(
-        [float(x) for x in first.PixelSpacing], float(thickness) if thickness else distance, round(distance, 6)
-    )
+    thickness = float(first.get("SliceThickness") or distance)
+    measures = PixelMeasuresSequence([float(x) for x in first.PixelSpacing], thickness, round(distance, 6))
     try:
         made: Dataset = Segmentation(
-            [_complete(ds) for ds in headers],
+            [_complete(ds, distance) for ds in headers],
             pixels,
             "BINARY",
             segments,
@@ -181,17 +179,17 @@ def _cielab(color: Sequence[int]) -> list[int]:
     return [round(lightness / 100 * 65535), round((a + 128) / 255 * 65535), round((b + 128) / 255 * 65535)]
 
 
-def _complete(header: Dataset) -> Dataset:
-    """A header with what a SEG copies from it."""
+def _complete(header: Dataset, distance: float) -> Dataset:
+    """A header with what a SEG copies from it; `distance` between slices stands for a thickness that is not told."""
     if header.get("FrameOfReferenceUID") in (None, ""):
         raise SeriesError(
             f"series {header.SeriesInstanceUID}: the DICOM tag FrameOfReferenceUID is missing: no SEG can refer to it"
         )
-    if all(name in header for name in TYPE_2):
-        return header
-    header = copy.copy(header)
-    for name in TYPE_2:
-        if name not in header:
+    missing = [name for name in TYPE_2 if name not in header]
+    if missing or header.get("SliceThickness") is None:
+        header = copy.copy(header)
+        header.SliceThickness = header.get("SliceThickness") or round(distance, 6)
+        for name in missing:
             setattr(header, name, "")
     return header
 
@@ -244,8 +242,8 @@ def read_seg(ds: Dataset, volume: Volume) -> Segments:
                 raise StoreError(f"the segmentation shows segment {number}, which it does not describe")
             place = planes.place(frame, *np.nonzero(pixels))
             before = index[place]
-            if before.any():
-                other = list(labels.values())[int(before.max()) - 1]
+            if (taken := before[(before > 0) & (before != order[number])]).any():
+                other = list(labels.values())[int(taken[0]) - 1]
                 raise StoreError(f"segments {other!r} and {labels[number]!r} share voxels; a voxel has one class")
             index[place] = order[number]
         block = ds.private_block(PRIVATE_GROUP, MANUFACTURER.upper()) if _has_block(ds) else None
