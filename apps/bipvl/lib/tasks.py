@@ -113,7 +113,7 @@ class ModelSpec(_Model):
     text: str = "emilyalsentzer/Bio_ClinicalBERT"
     text_format: Literal["concepts", "ambiguous", "definition", "name"] = "concepts"
     scratch: ScratchText = ScratchText()
-    fusion: Literal["bifusion", "identity"] = "bifusion"
+    fusion: Literal["bifusion", "late", "identity"] = "bifusion"  # late: at the last stage only
     fusion_attention: Literal["windowed", "full"] = "windowed"
     projection: Annotated[int, Field(ge=8)] = 256
     head: Literal["fixed", "text"] = "fixed"  # a channel a class (paper), or logits from the class's sentences
