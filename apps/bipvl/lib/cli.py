@@ -21,6 +21,7 @@ from lib.infers import BiPVLInfer
 from lib.nets.text import build_text
 from lib.phantom import write_studies
 from lib.picture import picture as draw_picture
+from lib.report import Examined, evaluation_report, write_report
 from lib.tasks import CONCEPTS_DIR, TASKS_DIR, Task, list_tasks, load_task
 from lib.trainers import BiPVLTrain
 from lib.version_chart import version_chart
@@ -119,7 +120,7 @@ def infer(
 def evaluate(
     task: TaskOption,
     data: DataOption,
-    out: Annotated[Path, typer.Option(help="folder for metrics.csv and metrics.json")],
+    out: Annotated[Path, typer.Option(help="folder for metrics.csv, metrics.json and report.html")],
     model_dir: ModelDirOption = DEFAULT_MODELS,
     version: VersionOption = "served",
     tolerance: Annotated[float, typer.Option(help="of the normalised surface distance, in mm")] = 2.0,
@@ -134,16 +135,23 @@ def evaluate(
     cases = _Cases(data).datalist()
     if not cases:
         raise ValueError(f"{data}: no labelled case to evaluate")
-    rows = []
+    rows: list[metrics.Row] = []
+    examined, used = Examined(chosen), 0
     for case in track(cases, "Evaluating", console=console):
-        mask, _ = _segment(engine, Path(case["image"]), version, overlap, tta, device)
-        rows += metrics.evaluate_case(chosen, Path(mask), Path(str(case["label"])), case["id"], tolerance)
+        image, label = Path(case["image"]), Path(str(case["label"]))
+        mask, result = _segment(engine, image, version, overlap, tta, device)
+        scores = metrics.evaluate_case(chosen, Path(mask), label, case["id"], tolerance)
+        examined.files(scores, image, Path(mask), label, result)
+        rows += scores
+        used = result["model_version"]
         Path(mask).unlink()
     out.mkdir(parents=True, exist_ok=True)
     metrics.write_csv(rows, out / "metrics.csv")
     metrics.write_json(rows, out / "metrics.json")
     console.print(metrics.table(rows))
-    console.print(f"Written: {out / 'metrics.csv'}, {out / 'metrics.json'}")
+    page = evaluation_report(chosen, used, engine.versions.manifests(), examined, tolerance)
+    write_report(page, out / "report.html")
+    console.print(f"Written: {out / 'metrics.csv'}, {out / 'metrics.json'}, {out / 'report.html'}")
 
 
 @app.command()

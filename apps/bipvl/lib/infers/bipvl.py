@@ -246,6 +246,10 @@ class BiPVLInfer(BasicInferTask):
                 name: {str(row): round(w, 6) for row, w in zip(rows, weights, strict=True)}
                 for name, weights in zip(task.classes, prediction.concept_weights.tolist(), strict=True)
             },
+            "similarity": {
+                name: {other: round(s, 6) for other, s in zip(task.classes, row, strict=True)}
+                for name, row in zip(task.classes, prediction.similarity.tolist(), strict=True)
+            },
             "alignment": {
                 name: round(a, 6) for name, a in zip(task.classes, prediction.alignment.tolist(), strict=True)
             },

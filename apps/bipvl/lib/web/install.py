@@ -29,6 +29,7 @@ from lib.web.guard import Guard
 from lib.web.infer_routes import infer_routes
 from lib.web.options import OptionError, WebOptions
 from lib.web.pages import page_routes
+from lib.web.report_routes import report_routes
 from lib.web.task_routes import task_routes
 from lib.web.uploads import TemporaryFolder
 
@@ -85,9 +86,9 @@ def build(services: Services) -> FastAPI:
         allow_headers=["*"],
     )
     handle_errors(api)
-    for make in (auth_routes, datastore_routes, session_routes, infer_routes, task_routes):
+    for make in (auth_routes, datastore_routes, session_routes, infer_routes, task_routes, report_routes):
         api.include_router(make(services))
-    api.include_router(page_routes(api))
+    api.include_router(page_routes(api, services))
     api.include_router(ohif.router())
     api.include_router(proxy.router(services.app.studies))
     return api

@@ -8,6 +8,9 @@ from typing import Any
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import HTMLResponse, Response
 
+from lib.web.common import Services
+from lib.web.report_routes import report_links
+
 PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -22,13 +25,14 @@ td {{ padding: .15rem 1rem .15rem 0; vertical-align: top }} code {{ white-space:
 <p>Annotate with 3D Slicer (module MONAI Label, this address as server) or, for a DICOMweb archive, in the browser:
 <a href="ohif/">OHIF viewer</a>. Also here: <a href="info/">tasks and options</a>, <a href="train/">training</a>,
 <a href="logs/">log</a>, <a href="openapi.json">OpenAPI description</a>.</p>
+{reports}
 <h2>Requests</h2>
 <table>{rows}</table>
 </html>
 """
 
 
-def page_routes(api: FastAPI) -> APIRouter:
+def page_routes(api: FastAPI, services: Services) -> APIRouter:
     """`/` and, for those who know MONAI Label, `/docs`."""
     routes = APIRouter(include_in_schema=False)
 
@@ -37,7 +41,10 @@ def page_routes(api: FastAPI) -> APIRouter:
     def page() -> HTMLResponse:
         return HTMLResponse(
             PAGE.format(
-                title=escape(api.title), description=escape(api.description), rows="".join(_rows(api.openapi()))
+                title=escape(api.title),
+                description=escape(api.description),
+                reports=report_links(services),
+                rows="".join(_rows(api.openapi())),
             )
         )
 
