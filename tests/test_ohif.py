@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-import io
-import os
+import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from PIL import Image
 
 from archive import Archive, needs_orthanc
+from browser import ACCOUNT_OF_SERVER, ELSEWHERE, SMALL, Visit, chromium, needs_browser, sync_api, visiting
 from lib.web import ohif
 from server import Server
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: ./bipvl test installs it")
-
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-needs_browser = pytest.mark.skipif(
-    BROWSER is None, reason="Chromium is not installed (Debian: apt-get install chromium)"
-)
-# Software rendering, as test machines have no display, and no requests of the browser's own.
-FLAGS = [
-    *("--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader"),
-    *("--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update"),
-    *("--disable-sync", "--disable-features=OptimizationHints,MediaRouter"),
-]
-ELSEWHERE = {"X-Forwarded-For": "192.0.2.10"}  # the server believes a proxy on its own machine
-ACCOUNT = {"username": "annotator", "password": "correct horse battery staple"}
 SLICES = 16
-WAIT = 60_000  # milliseconds for a step of the viewer
-SCREENSHOTS = "BIPVL_SCREENSHOTS"  # a folder to keep pictures in, for a person to look at
 
 # --- the files of the viewer ------------------------------------------------------------------------------------------
 
@@ -52,6 +34,9 @@ def test_page_has_no_address_elsewhere_and_its_manifest_knows_the_login(files: T
     assert 'href="http' not in answer.text and 'src="http' not in answer.text
     assert '<link rel="manifest" crossorigin="use-credentials" href="/ohif/manifest.json"/>' in answer.text
     assert '<script rel="preload" as="script" src="/ohif/app-config.js"></script>' in answer.text  # the rest stays
+    scripts = re.findall(r'<script [^>]*src="([^"]*)"', answer.text)
+    viewer = next(i for i, name in enumerate(scripts) if "app.bundle" in name)
+    assert scripts.index("/ohif/bipvl/extension.js") < viewer  # which reads the configuration that ours extends
     assert answer.headers["content-security-policy"].startswith("default-src 'self'")
 
 
@@ -83,10 +68,21 @@ def test_only_names_that_change_with_the_content_are_kept_without_asking(files: 
     assert "immutable" not in files.get("/ohif/").headers["cache-control"]
 
 
+def test_our_part_of_the_viewer_is_served(files: TestClient) -> None:
+    for file in ohif.OURS.iterdir():
+        answer = files.get(f"/ohif/bipvl/{file.name}")
+        assert answer.content == file.read_bytes()
+        assert answer.headers["content-type"].startswith(("text/javascript", "text/css"))
+        assert answer.headers["cache-control"] == "private, no-cache"
+
+
 @pytest.mark.parametrize(
     "path",
     [
         "missing.js",
+        "bipvl/missing.js",
+        "bipvl/..%2f..%2fohif.py",
+        "bipvl/%2e%2e/%2e%2e/ohif.py",
         "..%2f..%2f..%2fconfig.py",
         "%2e%2e/%2e%2e/%2e%2e/config.py",
         "assets/..%2f..%2f..%2f..%2fconfig.py",
@@ -111,107 +107,30 @@ def address(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     (folder / "series").mkdir()
     for file in sorted((real_data / "dicom_ct" / "crlm-ct-1004").iterdir())[:SLICES]:
         shutil.copy(file, folder / "series")
-    environment = {
-        "BIPVL_USER": ACCOUNT["username"],
-        "BIPVL_PASSWORD": ACCOUNT["password"],
-        "MONAI_LABEL_DICOMWEB_CACHE_PATH": str(folder / "cache"),
-    }
-    small = {"models": "quickstart", "model.vision": "unet", "model.feature_size": "4", "spacing": "[8, 8, 8]"}
-    small |= {"model.scratch": "{layers: 4, width: 16, heads: 2}", "patch": "[48, 48, 48]"}
+    environment = {**ACCOUNT_OF_SERVER, "MONAI_LABEL_DICOMWEB_CACHE_PATH": str(folder / "cache")}
     with Archive(folder / "orthanc") as archive:
         archive.store(folder / "series")
-        with Server(archive.url, folder / "models", small, **environment) as server:
+        with Server(archive.url, folder / "models", SMALL, **environment) as server:
             yield f"http://127.0.0.1:{server.port}"
 
 
-@dataclass
-class Visit:
-    """A page, and what it asked for: answers that were refused or failed, and requests to other machines."""
-
-    page: sync_api.Page
-    address: str
-    bad: list[str] = field(default_factory=list)
-    elsewhere: list[str] = field(default_factory=list)
-    errors: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.page.on("response", self._answered)
-        self.page.on("requestfailed", self._failed)
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-
-    def _answered(self, response: sync_api.Response) -> None:
-        idle = response.status == 404 and response.url.endswith("/train/?check_if_running=true")  # the panel's question
-        if response.status >= 400 and not idle:
-            self.bad.append(f"{response.status} {response.request.method} {response.url}")
-        if not response.url.startswith((self.address, "blob:", "data:")):
-            self.elsewhere.append(response.url)
-
-    def _failed(self, request: sync_api.Request) -> None:
-        # "csp": the page's own policy stopped it before it left. Requests that the viewer itself gives up are no fault.
-        if request.failure not in ("csp", "net::ERR_ABORTED"):
-            self.bad.append(f"{request.failure} {request.method} {request.url}")
-
-    def assert_clean(self) -> None:
-        assert (self.bad, self.elsewhere, self.errors) == ([], [], [])
-
-    def picture(self, name: str) -> None:
-        """Keep a screenshot where the environment asks for it."""
-        if folder := os.environ.get(SCREENSHOTS):
-            self.page.screenshot(path=Path(folder) / f"{name}.png")
-
-
 @pytest.fixture(scope="module")
-def chromium() -> Iterator[sync_api.Browser]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=FLAGS)
-        yield browser
-        browser.close()
+def browser() -> Iterator[sync_api.Browser]:
+    with chromium() as started:
+        yield started
 
 
 @pytest.fixture()
-def visit(chromium: sync_api.Browser, address: str) -> Iterator[Visit]:
-    """A browser on another machine whose user has typed name and password."""
-    context = chromium.new_context(
-        http_credentials=ACCOUNT, extra_http_headers=ELSEWHERE, viewport={"width": 1280, "height": 800}
-    )
-    context.set_default_timeout(WAIT)
-    yield Visit(context.new_page(), address)
-    context.close()
-
-
-def shown(visit: Visit) -> np.ndarray:
-    """The middle of the first viewport as the user sees it, red, green and blue from 0 to 255, as floats."""
-    box = visit.page.locator("canvas.cornerstone-canvas").first.bounding_box()
-    assert box
-    clip = {"x": box["x"] + box["width"] / 4, "y": box["y"] + box["height"] / 4}
-    clip |= {"width": box["width"] / 2, "height": box["height"] / 2}
-    return np.asarray(Image.open(io.BytesIO(visit.page.screenshot(clip=clip))).convert("RGB"), float)
-
-
-def open_study(visit: Visit, mode: str) -> None:
-    """From the study list into a mode of the viewer, until its viewports show pictures."""
-    page = visit.page
-    page.goto(f"{visit.address}/ohif/")
-    page.get_by_text("CRLM-CT-1004").first.click()
-    page.get_by_role("button", name=mode).click()
-    page.wait_for_function(
-        """() => {
-            const canvases = [...document.querySelectorAll('canvas.cornerstone-canvas')]
-            const coloured = canvas => {
-                const pixels = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data
-                return new Set(pixels).size > 100
-            }
-            return canvases.length && canvases.every(coloured)
-        }"""
-    )
-    page.get_by_role("button", name="Confirm and Hide").click()
+def visit(browser: sync_api.Browser, address: str) -> Iterator[Visit]:
+    with visiting(browser, address) as started:
+        yield started
 
 
 @pytest.mark.slow
 @needs_orthanc
 @needs_browser
-def test_nobody_without_login_sees_anything(chromium: sync_api.Browser, address: str) -> None:
-    context = chromium.new_context(extra_http_headers=ELSEWHERE)
+def test_nobody_without_login_sees_anything(browser: sync_api.Browser, address: str) -> None:
+    context = browser.new_context(extra_http_headers=ELSEWHERE)
     for path in ("/", "/ohif/", "/ohif/app-config.js", "/proxy/dicom/qido/studies", "/info/"):
         answer = context.request.get(address + path)
         assert (answer.status, "CRLM" in answer.text()) == (401, False), path
@@ -238,9 +157,9 @@ def test_study_list_shows_the_patients_of_the_archive_and_filters_them(visit: Vi
 @needs_orthanc
 @needs_browser
 def test_viewer_shows_the_image(visit: Visit) -> None:
-    open_study(visit, "Basic Viewer")
+    visit.open_study("CRLM-CT-1004", "Basic Viewer")
     visit.picture("viewer")
-    image = shown(visit)
+    image = visit.shown()
     assert image.std() > 30  # a body, with air around it
     assert len(np.unique(image)) > 100
     visit.assert_clean()
@@ -249,27 +168,53 @@ def test_viewer_shows_the_image(visit: Visit) -> None:
 @pytest.mark.slow
 @needs_orthanc
 @needs_browser
-def test_panel_segments_the_image(visit: Visit) -> None:
-    """From the archive through the model into the viewer; the model has learned nothing, so its mask is noise."""
-    open_study(visit, "MONAI Label")
-    page = visit.page
-    assert page.locator("#monailabelServerURL").input_value() == f"{visit.address}/"
-    page.locator(".settingsTable button").click()
-    page.get_by_text("BiPVL Label").wait_for()
-    assert np.ptp(shown(visit), axis=-1).max() == 0  # all grey
+def test_masks_of_any_axis_order_are_shown_where_they_belong(visit: Visit) -> None:
+    """The panel's own arithmetic, in the browser: a volume comes back from a file, on the grid of the viewer."""
+    visit.page.goto(f"{visit.address}/ohif/")
+    generator = np.random.default_rng(0)
+    for _ in range(40):
+        shape = generator.integers(1, 6, 3)
+        rotation, _ = np.linalg.qr(generator.normal(size=(3, 3)))
+        matrix = rotation * generator.uniform(0.5, 5, 3)
+        affine = np.c_[matrix, generator.uniform(-300, 300, 3)]
+        values = generator.integers(0, 7, shape)
+        order, backwards = generator.permutation(3), generator.random(3) < 0.5
+        other = np.transpose(values, order)[tuple(slice(None, None, -1 if b else 1) for b in backwards)]
+        steps = np.where(backwards, -1, 1)
+        start = affine[:, 3] + matrix[:, order] @ (backwards * (np.array(other.shape) - 1))
+        moved = np.c_[matrix[:, order] * steps, start]
+        found = visit.page.evaluate(
+            """async ([stored, grid]) => {
+                const { fromNifti, onGrid, toNifti } = await import('/ohif/bipvl/volumes.js')
+                const file = await (await toNifti(stored)).arrayBuffer()
+                return [...onGrid(await fromNifti(file), grid)]
+            }""",
+            [
+                {"dimensions": list(other.shape), "affine": moved.tolist(), "data": other.ravel("F").tolist()},
+                {"dimensions": shape.tolist(), "affine": affine.tolist()},
+            ],
+        )
+        assert found == values.ravel("F").tolist()
 
-    with page.expect_response(lambda answer: "/infer/quickstart" in answer.url) as answer:
-        page.get_by_role("button", name="Run").first.click()
-    assert answer.value.ok
-    page.get_by_text("Running Segmentation - Successful").wait_for()
-    page.wait_for_function(
-        """() => {
-            const canvas = document.querySelector('canvas.cornerstone-canvas')
-            const pixels = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data
-            for (let i = 0; i < pixels.length; i += 4) if (Math.abs(pixels[i] - pixels[i + 2]) > 50) return true
-            return false
-        }"""
-    )
-    visit.picture("panel")
-    assert (np.ptp(shown(visit), axis=-1) > 20).mean() > 0.1  # coloured
-    visit.assert_clean()
+
+@pytest.mark.slow
+@needs_orthanc
+@needs_browser
+@pytest.mark.parametrize("change", ["spacing", "position", "size", "direction"])
+def test_a_mask_on_another_grid_is_not_shown(visit: Visit, change: str) -> None:
+    visit.page.goto(f"{visit.address}/ohif/")
+    grid = {"dimensions": [4, 5, 6], "affine": [[1, 0, 0, 10], [0, 1, 0, 20], [0, 0, 3, 30]]}
+    mask = {**grid, "affine": [list(row) for row in grid["affine"]]}
+    if change == "spacing":
+        mask["affine"][2][2] = 3.1
+    elif change == "position":
+        mask["affine"][0][3] = 10.5
+    elif change == "size":
+        mask["dimensions"] = [4, 5, 7]
+    else:
+        mask["affine"][0][1] = 0.1
+    mask["data"] = [0] * int(np.prod(mask["dimensions"]))
+    with pytest.raises(sync_api.Error, match="another"):
+        visit.page.evaluate(
+            "async ([mask, grid]) => (await import('/ohif/bipvl/volumes.js')).onGrid(mask, grid)", [mask, grid]
+        )

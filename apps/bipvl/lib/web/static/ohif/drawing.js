@@ -61,7 +61,13 @@ export class Drawing {
       if (!displaySetInstanceUIDs.includes(this.displaySet.displaySetInstanceUID)) continue
       if (!cornerstoneViewportService.getCornerstoneViewport(viewportId)?.getActors?.().length) continue // still loading
       if (!segmentationService.getSegmentation(this.id)) await this._create()
-      if (segmentationService.getSegmentationRepresentations(viewportId, { segmentationId: this.id }).length) continue
+      const shown = segmentationService.getSegmentationRepresentations(viewportId).map(({ segmentationId }) => segmentationId)
+      for (const id of shown) { // of another task
+        if (id !== this.id && id.endsWith(` ${this.series}`)) {
+          segmentationService.removeSegmentationRepresentations(viewportId, { segmentationId: id })
+        }
+      }
+      if (shown.includes(this.id)) continue
       const type = cornerstoneTools.Enums.SegmentationRepresentations.Labelmap
       await segmentationService.addSegmentationRepresentation(viewportId, { segmentationId: this.id, type })
       for (const { value, color } of this.labels) {

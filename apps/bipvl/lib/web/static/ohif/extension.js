@@ -18,6 +18,9 @@ const VIEWPORTS = [
     '@ohif/extension-cornerstone-dicom-seg.sopClassHandlerModule.dicom-seg'],
 ]
 
+// Its menu renames, deletes and exports segmentations; the menus of segments, which lock them, stay.
+const NO_MENU = '.bipvl-tools [aria-haspopup="menu"]:not([data-cy="data-row"] *) { display: none }'
+
 const session = new Session()
 const view = new View(session)
 
@@ -35,7 +38,12 @@ const extension = {
       style: { height: '100%', overflowY: 'auto' },
       children: [
         element('div', { key: 'label' }, attach),
-        element(extensionManager.getModuleEntry(TOOLS).component, { key: 'tools', configuration: {} }),
+        element('style', { key: 'style', children: NO_MENU }),
+        element('div', {
+          key: 'tools',
+          className: 'bipvl-tools',
+          children: element(extensionManager.getModuleEntry(TOOLS).component, { configuration: {} }),
+        }),
       ],
     })
     return [{ name: 'label', iconName: 'tab-segmentation', iconLabel: 'Label', label: 'MONAI Label', component: Panel }]
@@ -63,6 +71,7 @@ const mode = {
           id: LAYOUT,
           props: {
             leftPanels: [STUDIES],
+            leftPanelClosed: true, // more room for images
             rightPanels: [PANEL],
             viewports: VIEWPORTS.map(([namespace, handler]) => ({ namespace, displaySetsToDisplay: [handler] })),
           },

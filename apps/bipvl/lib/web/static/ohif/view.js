@@ -19,8 +19,9 @@ const PANEL = `
 <p class="training" role="status"></p>
 <progress max="1" value="0"></progress>
 <div class="message" role="alert"><span></span> <button class="again minor" type="button">Try again</button></div>
-<details class="infer"><summary>Options of Auto-Segmentation</summary><div></div></details>
-<details class="train"><summary>Options of Update Model</summary><div></div></details>
+<details><summary>Options</summary>
+  <section class="infer"><h3>Auto-Segmentation</h3><div></div></section>
+  <section class="train"><h3>Update Model</h3><div></div></section></details>
 `
 
 /** 75 seconds are "1:15". */
@@ -184,8 +185,8 @@ export class View {
       row.append(key, input)
       return row
     })
-    this._find(`details.${kind} div`).replaceChildren(...rows)
-    this._find(`details.${kind}`).hidden = !rows.length
+    this._find(`section.${kind} div`).replaceChildren(...rows)
+    this._find(`section.${kind}`).hidden = !rows.length
   }
 
   _text(selector, text) {
