@@ -26,6 +26,7 @@ from lib.dicomimage import SeriesError
 from lib.dicomstore import DicomStore
 from lib.infers import BiPVLInfer
 from lib.leases import DEFAULT_MINUTES, Leases, Offer
+from lib.shipped import start_from_shipped
 from lib.tasks import Task, TaskError, load_task
 from lib.trainers import BiPVLTrain
 from lib.web.install import install
@@ -76,6 +77,8 @@ class BiPVLApp(MONAILabelApp):
 
     def on_init_complete(self) -> None:
         """Called by MONAI Label's server only, before it accepts connections."""
+        for name, task in self.tasks.items():
+            start_from_shipped(task, self._infers[name].versions)
         install(self)
         super().on_init_complete()
 

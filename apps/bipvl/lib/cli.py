@@ -22,6 +22,7 @@ from lib.nets.text import build_text
 from lib.phantom import write_studies
 from lib.picture import picture as draw_picture
 from lib.report import Examined, evaluation_report, write_report
+from lib.shipped import start_from_shipped
 from lib.tasks import CONCEPTS_DIR, TASKS_DIR, Task, list_tasks, load_task
 from lib.trainers import BiPVLTrain
 from lib.version_chart import version_chart
@@ -62,6 +63,7 @@ def train(
     """Run a training round and publish the best model as the next version, if the gate lets it pass."""
     chosen = _task(task, set_)
     trainer = BiPVLTrain(chosen, model_dir / chosen.name)
+    start_from_shipped(chosen, trainer.versions)
     request: dict[str, Any] = {
         "model": chosen.name,
         "val_split": val_split,
@@ -98,6 +100,7 @@ def infer(
     """Write a mask (and its JSON) for each volume."""
     chosen = _task(task, set_)
     engine = BiPVLInfer(chosen, model_dir / chosen.name)
+    start_from_shipped(chosen, engine.versions)
     out.mkdir(parents=True, exist_ok=True)
     failed = 0
     for image in track(images, "Segmenting", console=console):
@@ -132,6 +135,7 @@ def evaluate(
     """Score a version on labelled cases: DSC, HD95 and NSD per class and case."""
     chosen = _task(task, set_)
     engine = BiPVLInfer(chosen, model_dir / chosen.name)
+    start_from_shipped(chosen, engine.versions)
     cases = _Cases(data).datalist()
     if not cases:
         raise ValueError(f"{data}: no labelled case to evaluate")

@@ -224,7 +224,7 @@ def evaluation_report(
         "Version of": _time(manifest),
         "Sentences": f"{task.concepts.hash} ({task.concepts.review.status})",
     }
-    warning = f"The model, or one it descends from, was trained on {len(seen)} of these cases. " if seen else ""
+    warning = f"The model, or one it descends from, was trained on {len(seen)} of these cases." if seen else ""
     return _page(
         task,
         title=f"{task.name}, version {version}" if version else f"{task.name}, untrained",
@@ -360,12 +360,12 @@ def _css(task: Task, name: str) -> str:
 def _planes(task: Task, grey: NDArray, spacing: NDArray, masks: Mapping[str, NDArray]) -> dict[str, list[str]]:
     """Reference, model, and where they differ, each in three planes as data URIs of PNG.
 
-    Planes go through the slice of each axis where most voxels differ; of equal volumes, where most are labelled.
+    Along each axis the slice that is shown differs much and holds much of the reference: the product counts.
     """
     reference, model = (masks[title].astype(int) for title in ("Reference", "Model"))
-    wrong = reference != model
-    decisive = wrong if wrong.any() else reference > 0
-    centre = tuple(int(decisive.sum(tuple(a for a in range(3) if a != axis)).argmax()) for axis in range(3))
+    wrong, labelled = reference != model, reference > 0
+    others = [tuple(a for a in range(3) if a != axis) for axis in range(3)]
+    centre = [int(((1 + wrong.sum(axes)) * (1 + labelled.sum(axes))).argmax()) for axes in others]
     extent = np.array(grey.shape) * spacing  # mm
     scale = HEIGHT / max(extent[1], extent[2])
     result: dict[str, list[str]] = {"Reference": [], "Model": [], "Differences": []}

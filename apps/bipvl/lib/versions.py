@@ -89,6 +89,11 @@ class Versions:
             raise CheckpointError(f"{self.folder / 'served.json'}: not readable: {error}") from error
         return version
 
+    @property
+    def started(self) -> bool:
+        """Whether anything was ever published here, be it damaged or gone since."""
+        return bool(self.numbers()) or any((self.folder / f).exists() for f in ("served.json", "history.jsonl"))
+
     def resolve(self, wanted: Any = None) -> int | None:
         """The version that a request means: a number, 'v3', or 'served', '' or None for the served one.
 
