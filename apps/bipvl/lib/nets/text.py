@@ -112,12 +112,13 @@ class StageDividedBert(nn.Module):
         """The task's own text."""
         return Sentences(self.ids, self.mask, self.key, self.classes)
 
-    def some(self, classes: Tensor, concepts: Tensor) -> Sentences:
-        """Some concepts of some classes of the task's own text, by their numbers."""
-        numbers = torch.arange(len(self.ids), device=self.ids.device).unflatten(0, (self.classes, -1))
+    def some(self, classes: Tensor, concepts: Tensor, sentences: Sentences | None = None) -> Sentences:
+        """Some concepts of some classes by their numbers, of the task's own text or of another."""
+        text = sentences or self.sentences
+        numbers = torch.arange(len(text.ids), device=text.ids.device).unflatten(0, (text.classes, -1))
         rows = numbers[classes[:, None].to(numbers.device), concepts.to(numbers.device)].flatten()
-        key = f"{self.key}:{classes.tolist()}:{concepts.tolist()}"
-        return Sentences(self.ids[rows], self.mask[rows], key, len(classes), rows)
+        key = f"{text.key}:{classes.tolist()}:{concepts.tolist()}"
+        return Sentences(text.ids[rows], text.mask[rows], key, len(classes), rows if sentences is None else None)
 
     @property
     def assets(self) -> TextAssets:

@@ -18,7 +18,9 @@ from lib.nets.bipvl import BiPVLSeg
 from lib.nets.heads import FixedHead
 from lib.nets.text import Sentences
 from lib.tasks import Task
+from lib.wording import MIRROR, exchanged_rows
 
+LEFT_RIGHT = (2,)  # the axis of a RAS patch (B, channels, H, W, D)
 LOSSES = ("segmentation", "class_embedding", "alignment")
 
 
@@ -30,6 +32,8 @@ class TrainingNetwork(nn.Module):
         self.model = model
         self.task = task
         self.uncertainty = UncertaintyWeights(len(LOSSES))
+        mirrored = exchanged_rows(task.text_rows(), *MIRROR)
+        self.mirrored = model.text.tokenize(mirrored) if task.training.mirror else None
 
     def forward(self, image: Tensor, label: Tensor, annotated: Tensor | None = None) -> dict[str, Tensor]:
         """The weighted total under "loss", and its parts.
@@ -41,7 +45,8 @@ class TrainingNetwork(nn.Module):
                 of the segmentation loss and of the alignment. The class embedding follows the decoder, not the label.
 
         With the text head some training steps know some of the classes only, or read some of the concepts only
-        (`drop_classes`, `drop_concepts`): what the label shows of the others is background.
+        (`drop_classes`, `drop_concepts`): what the label shows of the others is background. In some the patients are
+        mirrored, and so are the words "left" and "right" (`mirror`).
         """
         task, recipe = self.task, self.task.training
         sentences: Sentences | None = None
@@ -49,7 +54,10 @@ class TrainingNetwork(nn.Module):
         if self.training and task.model.head == "text":
             concepts = torch.arange(len(task.text_rows()[0]))
             classes, concepts = _some(classes, recipe.drop_classes), _some(concepts, recipe.drop_concepts)
-            sentences = self.model.text.some(classes, concepts)
+            mirrored = None
+            if torch.rand(()) < recipe.mirror:
+                image, label, mirrored = image.flip(LEFT_RIGHT), label.flip(LEFT_RIGHT), self.mirrored
+            sentences = self.model.text.some(classes, concepts, mirrored)
             label = _only(label, classes, len(task.classes), task.overlapping)
             annotated = None if annotated is None else annotated[:, classes]
         output = self.model(image, sentences)
