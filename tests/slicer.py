@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote_plus
@@ -225,3 +227,33 @@ def shown(error: MONAILabelClientException) -> str:
     assert re.fullmatch(r"Status: 4\d\d", status), error.msg
     assert (found := re.fullmatch(r'\{"detail":\s*"(.+)"\}', body, re.DOTALL)), error.msg
     return found[1].encode().decode("unicode_escape") if "\\u" in found[1] else found[1].replace('\\"', '"')
+
+
+def loop(slicer: Slicer, model: str, draw: Callable[[Slicer], np.ndarray], **training: str) -> str:
+    """Next Sample, Run, correct, Submit, Train, Run again: another version, and the next case is another one.
+
+    `draw` gives the values of the correct label on the grid of the open volume.
+    """
+    case = slicer.next_sample()
+    assert case
+    first = slicer.run(model, overlap="0.25")
+    assert first["model_version"] == 0 and "untrained" in first["warnings"][0]
+    truth = draw(slicer)
+    for name, value in slicer.info["models"][model]["labels"].items():
+        slicer.segments[name] = truth == value
+    slicer.segments.pop("spleen")  # a segment that was deleted and drawn again comes last, and changes all numbers
+    slicer.segments["spleen"] = truth == slicer.info["models"][model]["labels"]["spleen"]
+    done = slicer.info["datastore"]["completed"]
+    slicer.submit()
+    assert slicer.info["datastore"]["completed"] == done + 1
+    slicer.train(model, tracking="None", **training)
+    deadline = time.monotonic() + 600
+    while (status := slicer.watch())["status"] in ("SUBMITTED", "RUNNING") and time.monotonic() < deadline:
+        time.sleep(1)
+    assert status["status"] == "DONE", "\n".join(status["details"])
+    slicer.connect()
+    assert slicer.info["models"][model]["version"] == 1
+    again = slicer.run(model, overlap="0.25")
+    assert again["model_version"] == 1 and again["warnings"] == []
+    assert slicer.next_sample() not in (case, None)
+    return case

@@ -23,8 +23,8 @@ from lib.phantom import write_studies
 from lib.tasks import list_tasks, load_task
 from lib.trainers import BiPVLTrain
 from lib.web import choices
-from server import ELSEWHERE, Server
-from slicer import Slicer, shown, widget_of
+from server import ELSEWHERE, Server, add_case
+from slicer import Slicer, loop, shown, widget_of
 from test_training import SMALL
 
 FROM_ELSEWHERE = {"X-Forwarded-For": ELSEWHERE}
@@ -348,3 +348,20 @@ def test_a_second_training_and_stop(slicer):
 def _volume(path: Path, added: int) -> tuple[np.ndarray, np.ndarray]:
     image = nib.load(path)
     return np.asarray(image.dataobj) + np.int16(added), image.affine
+
+
+# The whole loop; over TLS and on an archive it is in test_deployment.py ---------------------------------------------
+
+
+@pytest.mark.slow
+def test_loop_on_a_folder(real_data, tmp_path):
+    """Real CT, as a user on the server's own machine: files are opened where they are."""
+    folder, studies = real_data / "abdomen_ct", tmp_path / "studies"
+    add_case(studies, folder / "ts-example_ct.nii.gz", "first")
+    add_case(studies, folder / "ts-s0009_ct.nii.gz", "second")
+    truth = np.asarray(nib.load(folder / "ts-example_label-amos15.nii.gz").dataobj)
+    conf = {"models": "amos22-ct", "model.text": "scratch", **SMALL}
+    with Server(studies, tmp_path / "models", conf) as server:
+        slicer = Slicer(server.url, tmp_path / "slicer", shared=True)
+        loop(slicer, "amos22-ct", lambda _: truth, max_epochs="3", val_split="0")
+    assert np.array_equal(np.asarray(nib.load(studies / "labels" / "final" / "first.nii.gz").dataobj), truth)

@@ -6,6 +6,7 @@ import logging
 import mimetypes
 import shutil
 import tempfile
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ from monailabel.utils.others.generic import file_checksum
 from starlette.background import BackgroundTask
 
 from lib.dicomstore import DicomStore
+from lib.dicomweb import ArchiveError
 from lib.web import uploads
 from lib.web.accounts import User
 from lib.web.common import ERRORS, Services, checked, current_user, json_object, known_image
@@ -103,7 +105,8 @@ def datastore_routes(services: Services) -> APIRouter:
         params: Annotated[str, Form()] = "{}",
     ) -> dict[str, Any]:
         info, store = {**json_object(params), "user": user.name}, app.datastore()
-        known_image(store, image)
+        with suppress(ArchiveError):  # the store keeps the drawing, and says that the archive does not answer
+            known_image(store, image)
         if info.get("annotated") is not None:
             app.check_annotated(info["annotated"])
         valid = (*uploads.LABEL_SUFFIXES, *([".dcm"] if isinstance(store, DicomStore) else []))
