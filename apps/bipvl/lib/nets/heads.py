@@ -7,8 +7,8 @@ network to read it. With the text head a class is its sentences and nothing else
     class map of c     =  MLP(V_4) · projection of (mean of its concepts, D_c)
 
 and the background is a learned vector. D_c is what sets the class's sentences apart from the task's other sentences
-(`distinction`). No parameter knows a class by its number, so the classes may be permuted
-(the masks follow exactly), left out, or described anew, and the number of classes is free.
+(`distinction`). No parameter knows a class by its number, so the classes may be permuted (the masks follow exactly),
+left out, or described anew, and the number of classes is free.
 """
 
 from __future__ import annotations
