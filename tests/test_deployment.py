@@ -213,6 +213,14 @@ def test_the_units_are_valid(tmp_path):
     assert "EnvironmentFile=/etc/bipvl/archive.env" in dropin and "EnvironmentFile=/etc/bipvl/archive.env" in unit
 
 
+def test_the_page_names_every_file_and_its_commands_can_be_read():
+    text = (ROOT / "docs" / "deployment.md").read_text()
+    for file in DEPLOY.iterdir():
+        assert f"docs/deploy/{file.name}" in text
+    for block in re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        subprocess.run(["bash", "-n"], input=block.replace("<version>", "v"), text=True, check=True)
+
+
 def _pages(url: str, port: int, certificate: Path) -> None:
     """The health check, the redirection, OHIF and its way to the archive."""
     plain = requests.get(f"http://{NAME}:{port - 1}/ohif/", allow_redirects=False, timeout=20)
