@@ -78,14 +78,14 @@ class Listings:
         self._told: set[str] = set()
         self._listing, self._asked = Listing({}), -FRESH_SECONDS
 
-    def now(self) -> Listing:
-        """What there is, at most a second old.
+    def now(self, fresh: bool = False) -> Listing:
+        """What there is, at most a second old, or just asked for.
 
         Raises:
             ArchiveError: the archive does not answer.
         """
         with self._lock:
-            if time.monotonic() - self._asked >= FRESH_SECONDS:
+            if fresh or time.monotonic() - self._asked >= FRESH_SECONDS:
                 self._listing = self._ask()
                 self._asked = time.monotonic()
             return self._listing

@@ -177,6 +177,10 @@ class DicomStore(LocalStore):
             "label_tags": {tag: count for tag, count in sorted(tags.items()) if count},
         }
 
+    def refresh(self) -> None:
+        """Ask the archive now; without it, answers are up to a second old."""
+        self._listings.now(fresh=True)
+
     def json(self) -> dict[str, Any]:
         """All images with their labels, in the schema of `datastore_v2.json`."""
         listing, infos = self._listings.now(), self._infos.read()
@@ -373,7 +377,7 @@ class DicomStore(LocalStore):
         if not mask.any() and looked_for is None:
             raise StoreError(EMPTY)
         kept = self._proposals.unchanged(uid, task, mask)
-        latest = self._listings.now().labels.get(uid)
+        latest = self._listings.now(fresh=True).labels.get(uid)
         when = datetime.now()
         if latest:  # a clock that was set back must not make this label an old one
             when = max(when, datetime.fromisoformat(latest[0].created) + timedelta(milliseconds=1))
