@@ -323,6 +323,36 @@ def test_slabs_give_what_one_piece_gives(monkeypatch):
     assert (expected == whole).mean() > 0.999
 
 
+@pytest.mark.parametrize("smooth", [False, True])
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
+def test_restoring_along_axes_gives_what_resampling_everything_gives(order, smooth):
+    """Flipped, permuted, shifted and partly aligned grids. `smooth` maps are mostly decided without interpolating."""
+    task, rng = tiny_task(), np.random.default_rng(sum(order) + 7 * smooth)
+    torch.manual_seed(int(smooth))
+    coarse = torch.rand(1, 4, *((3, 3, 3) if smooth else (14, 13, 12)))
+    probabilities = torch.nn.functional.interpolate(coarse, size=(14, 13, 12), mode="trilinear")[0].mul(4).softmax(0)
+    network = np.diag([1.5, 1.5, 2.0, 1.0])
+    original = np.zeros((4, 4))
+    original[:3, :3] = np.eye(3)[:, order] * rng.choice([-1, 1], 3) * [0.9, 1.5, 1.1]
+    original[:3, 3] = np.where(original[:3, :3].sum(1) < 0, [20.0, 21.0, 23.0], [-2.0, 3.0, 0.2])
+    original[3, 3] = 1
+    shape = (25, 16, 30)
+    restored = restore(probabilities, {"affine": network, "original_affine": original, "spatial_shape": shape}, task)
+
+    resample = SpatialResample(mode="bilinear", padding_mode="border", align_corners=False)
+    source = MetaTensor(probabilities, affine=torch.as_tensor(network))
+    dense = resample(source, dst_affine=torch.as_tensor(original), spatial_size=shape).as_tensor()
+    first, second = dense.topk(2, dim=0).values
+    index = np.stack([*np.indices(shape), np.ones(shape)]).reshape(4, -1)
+    at = (np.linalg.solve(network, original) @ index)[:3].reshape(3, *shape)
+    size = np.array(probabilities.shape[1:]).reshape(3, 1, 1, 1)
+    inside = ((at >= -0.5) & (at <= size - 0.5)).all(0)
+    clear = ((first - second) > 1e-4).numpy() & inside
+    assert inside.mean() > 0.2 and clear.sum() > 0.99 * inside.sum()
+    assert np.array_equal(restored[clear], dense.argmax(0).numpy()[clear])
+    assert not restored[((at < -0.51) | (at > size - 0.49)).any(0)].any()
+
+
 def test_restore_refuses_other_channels():
     with pytest.raises(ValueError, match=r"\(4, h, w, d\)"):
         restore(torch.rand(3, 4, 4, 4), _meta((1, 1, 1), (4, 4, 4)), tiny_task())

@@ -21,6 +21,7 @@ from monailabel.interfaces.datastore import Datastore
 from monailabel.tasks.activelearning.first import First
 from monailabel.tasks.activelearning.random import Random
 
+from lib.allocator import keep_freed_memory
 from lib.datastores import FINAL, LocalStore
 from lib.dicomimage import SeriesError
 from lib.dicomstore import DicomStore

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from monai.data import MetaTensor
 from monai.inferers import sliding_window_inference
 from torch import Tensor
+from torch.nn import functional as F
 
 from lib.alignment import aggregate_text, concept_weights, unit
 from lib.nets.bipvl import BiPVLSeg, Output
@@ -20,6 +22,9 @@ from lib.tasks import AXES, Task
 logger = logging.getLogger(__name__)
 
 CERTAIN = 10.0  # logit of background in a window without any content
+AIR = -900.0  # HU; air is -1000, aerated lung about -850
+PART = 32  # slices of the volume that are turned into probabilities at once
+NOISE = 3  # voxels a side over which the noise of a CT is averaged before it is compared with AIR
 
 
 @dataclass
@@ -46,14 +51,14 @@ class Prediction:
 
     def uncertainty(self) -> float:
         """Mean predictive entropy over the predicted foreground, between 0 and 1; 0 without foreground."""
-        p = self.probabilities.clamp(1e-6, 1 - 1e-6)
-        if p.shape[0] == len(self.similarity):  # overlapping: one binary entropy a class
-            entropy = -(p * p.log2() + (1 - p) * (1 - p).log2()).mean(0)
-            foreground = (p > 0.5).any(0)
-        else:
-            entropy = -(p * p.log()).sum(0) / torch.log(torch.tensor(float(p.shape[0])))
-            foreground = p.argmax(0) > 0
-        return float(entropy[foreground].mean()) if foreground.any() else 0.0
+        p, overlapping = self.probabilities, len(self.probabilities) == len(self.similarity)
+        p = p[:, (p > 0.5).any(0) if overlapping else p.max(0).indices > 0]  # (channels, voxels of the foreground)
+        if not p.shape[1]:
+            return 0.0
+        p = p.clamp(1e-6, 1 - 1e-6)
+        if overlapping:  # one binary entropy a class
+            return float(-(p * p.log2() + (1 - p) * (1 - p).log2()).mean())
+        return float(-(p * p.log()).sum(0).mean() / math.log(len(p)))
 
 
 class _Windows:
@@ -61,15 +66,16 @@ class _Windows:
 
     def __init__(self, model: BiPVLSeg, task: Task, sentences: Sentences | None, flips: list[tuple[int, ...]]) -> None:
         self.model, self.task, self.sentences, self.flips = model, task, sentences, flips
+        self.channels = len(task.channels)
         self.windows = self.skipped = 0
         self.mass: Any = None  # of each class over all windows (C,)
         self.weights: Any = None
         self.cosine: Any = None
 
     def __call__(self, patches: Tensor) -> Tensor:
-        # A window of one constant value (air, or the zeros around a skull-stripped brain) has nothing to segment.
-        flat = patches.flatten(2)
-        full = ((flat.amax(-1) - flat.amin(-1)) > 0).any(1)
+        """(B, channels, …), after the image's channels that of `content`, if there is one, to logits."""
+        full = self._shown(patches)
+        patches = patches[:, : self.channels]
         self.windows += len(patches)
         self.skipped += int((~full).sum())
         logits = patches.new_zeros(len(patches), self.task.out_channels, *patches.shape[2:], dtype=torch.float32)
@@ -79,6 +85,13 @@ class _Windows:
         if full.any():
             logits[full] = self._run(patches[full])
         return logits
+
+    def _shown(self, patches: Tensor) -> Tensor:
+        """(B,) boolean: which windows show anything. One of a single constant value (air, or the zeros around a
+        skull-stripped brain) does not."""
+        flat = patches.flatten(2)
+        varied = (flat.amax(-1) - flat.amin(-1))[:, : self.channels] > 0
+        return varied.any(1) & (flat[:, self.channels :] > 0).any(-1).all(1)
 
     def _run(self, patches: Tensor) -> Tensor:
         output = self.model(patches, self.sentences)
@@ -103,6 +116,22 @@ class _Windows:
             self.mass, self.weights, self.cosine = (
                 a + b for a, b in zip((self.mass, self.weights, self.cosine), parts, strict=True)
             )
+
+
+def content(image: Tensor, task: Task) -> Tensor | None:
+    """Where a preprocessed CT shows anything but noisy air: (1, h, w, d), 0 or 1.
+
+    Only a task that looks below -900 HU needs this: for any other air is clipped to one constant value. Noise is
+    averaged away before voxels are compared, and what is found grows by as much as averaging may have taken from it.
+
+    Returns None where the task needs none.
+    """
+    low, high = task.intensity.low, task.intensity.high
+    if task.modality != "CT" or low is None or high is None or low >= AIR:
+        return None
+    smooth = F.avg_pool3d(image[None], NOISE, stride=1, padding=NOISE // 2, count_include_pad=False)
+    found = (smooth > (AIR - low) / (high - low)).any(1, keepdim=True).float()
+    return F.max_pool3d(found, 2 * NOISE - 1, stride=1, padding=NOISE - 1)[0]
 
 
 @torch.no_grad()
@@ -136,6 +165,8 @@ def predict(
     if not 0 <= overlap < 1:
         raise ValueError(f"overlap {overlap}: valid is 0 up to, but not including, 1")
     image = image.as_tensor() if isinstance(image, MetaTensor) else image
+    shown = content(image, task)
+    given = image if shown is None else torch.cat([image, shown])
     device = next(model.parameters()).device
     flips: list[tuple[int, ...]] = [(2 + AXES.index(a),) for a in task.augmentation.flip] if tta else []
     settings = [(window_batch, device), (1, device), (1, torch.device("cpu"))]
@@ -144,7 +175,7 @@ def predict(
         try:
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 logits = sliding_window_inference(
-                    image[None],
+                    given[None],
                     task.patch,
                     batch,
                     windows,
@@ -161,7 +192,9 @@ def predict(
                 f"out of memory with {batch} windows at a time, stitched on {stitch}; trying {settings[attempt + 1]}"
             )
             torch.cuda.empty_cache()
-    probabilities = logits[0].float().sigmoid() if task.overlapping else logits[0].float().softmax(0)
+    probabilities = logits[0].float()  # in place and in parts: on a large volume each copy takes gigabytes
+    for part in probabilities.split(PART, dim=1):
+        part.copy_(part.sigmoid() if task.overlapping else part.softmax(0))
     rows = len(task.classes), len(task.text_rows()[0])
     if windows.mass is None:
         return Prediction(

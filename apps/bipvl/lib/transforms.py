@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from monai.transforms import (
 from scipy import ndimage
 from torch import Tensor
 
+from lib.resampling import BORDER, Grid, parallel_axes
 from lib.tasks import AXES, Task
 from lib.volumes import AXIS_CODES, align_label, check_image, encode, read_volume, source_of
 
@@ -229,21 +231,39 @@ def restore(probabilities: Tensor, image: MetaTensor | Mapping[str, Any], task: 
     meta = image.meta if isinstance(image, MetaTensor) else image
     network, original = (torch.as_tensor(meta[key], dtype=torch.float64).cpu() for key in ("affine", "original_affine"))
     shape = tuple(int(n) for n in meta["spatial_shape"][:3])
-    source = MetaTensor(torch.as_tensor(probabilities.detach()).float(), affine=network)
-    resample = SpatialResample(mode="bilinear", padding_mode="border", align_corners=False, dtype=np.float32)
-
     volume = np.zeros(shape, np.uint8 if max(task.label_values.values()) <= 255 else np.uint16)
+    source = torch.as_tensor(probabilities.detach()).as_subclass(Tensor).float()
+    to_source = torch.linalg.solve(network, original)
+    axes = parallel_axes(to_source)
+    if axes is None:
+        _restore_sheared(source, network, original, task, volume)
+        return volume
+    grid = Grid(source, to_source, axes, shape, partial(decode, task=task))
+    within = volume[grid.box]
+    if not within.size:
+        return volume
+    thickness = max(1, _SLAB_ELEMENTS // (task.out_channels * within.shape[0] * within.shape[1]))
+    for start in range(0, within.shape[2], thickness):
+        stop = min(start + thickness, within.shape[2])
+        within[..., start:stop] = grid.decisions(start, stop).cpu().numpy()
+    return volume
+
+
+def _restore_sheared(source: Tensor, network: Tensor, original: Tensor, task: Task, volume: np.ndarray) -> None:
+    """`restore` where a file's axes are not perpendicular, which those of the network's grid always are."""
+    shape = volume.shape
+    tensor = MetaTensor(source, affine=network)
+    resample = SpatialResample(mode="bilinear", padding_mode="border", align_corners=False, dtype=np.float32)
     thickness = max(1, _SLAB_ELEMENTS // (task.out_channels * shape[0] * shape[1]))
     for start in range(0, shape[2], thickness):
         stop = min(start + thickness, shape[2])
         affine = original.clone()
         affine[:3, 3] += original[:3, 2] * start
         size = (*shape[:2], stop - start)
-        slab = resample(source, dst_affine=affine, spatial_size=size)
+        slab = resample(tensor, dst_affine=affine, spatial_size=size)
         labels = decode(torch.Tensor.as_subclass(slab, torch.Tensor), task).cpu().numpy()
         inside = _inside(torch.linalg.solve(network, affine).numpy(), size, source.shape[1:])
         volume[..., start:stop] = np.where(inside, labels, 0)
-    return volume
 
 
 def decode(probabilities: Tensor, task: Task) -> Tensor:
@@ -273,7 +293,7 @@ def largest_components(volume: np.ndarray, values: Sequence[int]) -> np.ndarray:
 
 def _decode_exclusive(probabilities: Tensor, task: Task) -> Tensor:
     values = torch.tensor([0, *task.label_values.values()], device=probabilities.device)
-    return values[probabilities.argmax(0)]
+    return values[probabilities.max(0).indices]  # argmax takes four times as long
 
 
 def _decode_regions(probabilities: Tensor, task: Task) -> Tensor:
@@ -301,7 +321,7 @@ def _inside(to_source: np.ndarray, size: Sequence[int], source: Sequence[int]) -
     inside = np.ones(tuple(size), bool)
     for row, n in zip(to_source[:3], source, strict=True):
         position = row[0] * index[0] + row[1] * index[1] + row[2] * index[2] + row[3]
-        inside &= (position >= -0.5 - 1e-3) & (position <= n - 0.5 + 1e-3)
+        inside &= (position >= -BORDER) & (position <= n - 1 + BORDER)
     return inside
 
 
