@@ -36,6 +36,8 @@ from lib.web.sessions import Sessions
 
 logger = logging.getLogger(__name__)
 
+keep_freed_memory()  # of the server, of its training process and of the command line
+
 VERSION = "0.1.0"
 DEFAULT_TASK = "quickstart"
 TASK_KEYS = ("patch", "spacing", "overlap")
