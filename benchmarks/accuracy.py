@@ -52,6 +52,8 @@ from accuracy_training import (  # noqa: E402
 )
 from lib import checkpoints  # noqa: E402
 from lib.files import write_json  # noqa: E402
+from lib.nets import BiPVLSeg  # noqa: E402
+from lib.tasks import Task  # noqa: E402
 from lib.trainers.objective import TrainingNetwork  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy"
@@ -107,13 +109,13 @@ def execute(
     task = spec.task_of()
     split = split_cases(find_cases(data), spec.train_patients, spec.fold)
     held_out = {"test": split.test, "validation": split.validation}[on]
-    training = Preprocessed(task, split.training, work / "volumes")
+    training = Preprocessed(task, split.training, work / "volumes", spec.field)
     steps = spec.iterations or SMALL_ITERATIONS
     if spec.size == "paper":
         steps = spec.iterations or task.training.epochs * -(-len(training) // task.training.batch_size)
     else:
         training = list(training)
-    probes = Preprocessed(task, (split.validation or split.test)[:4], work / "volumes")
+    probes = Preprocessed(task, (split.validation or split.test)[:4], work / "volumes", spec.field)
     probe = [Patches(task, list(probes), PROBE_PATCHES, 1)[i] for i in range(PROBE_PATCHES)]
     network = build_network(spec, task).to(device)
     prepared = seconds_since(start)
@@ -124,7 +126,7 @@ def execute(
     cpu = round(time.process_time() - cpu, 1)
 
     start = time.perf_counter()
-    volumes = Preprocessed(task, held_out, work / "volumes")
+    volumes = Preprocessed(task, held_out, work / "volumes", spec.field)
     found = scores(score(task, held_out, segment(network.model, task, volumes)))
     evaluated = seconds_since(start)
     print(f"{spec.name}: {on} {json.dumps(found['mean'])}", flush=True)
@@ -147,17 +149,34 @@ def execute(
         "packages": {p: version(p) for p in ("torch", "monai", "transformers")},
         "curves": curves,
     }
-    if isinstance(network, TrainingNetwork):
-        kept = work / "checkpoints" / f"{spec.name}.pt"
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        manifest = {"benchmark": spec.name, "metrics": {"mean_dice": found["mean"]["mean"]["dice"]}}
-        checkpoints.save(checkpoints.checkpoint_of(network.model, task, manifest), kept)
-        if text:
-            result["text"] = ablate_text(network.model, task, *first_of_each(held_out, volumes))
     path = results / f"{spec.name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, result)
+    if isinstance(network, TrainingNetwork):
+        manifest = {"benchmark": spec.name, "metrics": {"mean_dice": found["mean"]["mean"]["dice"]}}
+        checkpoints.save(checkpoints.checkpoint_of(network.model, task, manifest), checkpoint_path(spec, work))
+        write_json(path, result)
+        if text:
+            add_text(path, network.model, task, held_out, volumes)
+    else:
+        write_json(path, result)
     return path
+
+
+def add_text(path: Path, model: BiPVLSeg, task: Task, cases: list[dict[str, str]], volumes: Any) -> None:
+    """Add to a run's result what the model does with other text; the first case of each patient shows it."""
+    text = ablate_text(model, task, *first_of_each(cases, volumes))
+    write_json(path, {**json.loads(path.read_text()), "text": text})
+
+
+def checkpoint_path(spec: Run, work: Path) -> Path:
+    return work / "checkpoints" / f"{spec.name}.pt"
+
+
+def missing(spec: Run, results: Path, text: bool) -> str:
+    """What is still to be done for a run: `run`, `text`, or nothing."""
+    path = results / f"{spec.name}.json"
+    if not path.is_file():
+        return "run"
+    return "text" if text and spec.model == "bipvl" and "text" not in json.loads(path.read_text()) else ""
 
 
 @app.command("plan")
@@ -179,18 +198,26 @@ def plan_command(
     """List the matrix of runs, and do those that are missing. Several processes may share one work folder."""
     runs = [r for r in matrix(task, size, seeds, paper_protocol) if only in r.name]
     for spec in runs:
-        done = (results / f"{spec.name}.json").is_file()
+        open_ = missing(spec, results, text)
         if not execute_:
-            print(f"{'done' if done else 'open'}  {spec.name}")
+            print(f"{open_ or 'done':5} {spec.name}")
             continue
-        if done or not claim(work / "claims" / spec.name):
+        if not open_ or not claim(work / "claims" / spec.name):
             continue
+        open_ = missing(spec, results, text)  # another process may have done it meanwhile
         print(f"begins {spec.name}", flush=True)
         log = work / "logs" / f"{spec.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         try:
             with log.open("w") as file, contextlib.redirect_stdout(file):
-                execute(spec, data, "test", text, precision, torch.device(device), workers, results, work)
+                if open_ == "run":
+                    execute(spec, data, "test", text, precision, torch.device(device), workers, results, work)
+                elif open_ == "text":
+                    saved = checkpoint_path(spec, work)
+                    model, own = checkpoints.restore_model(checkpoints.load(saved), saved)
+                    test = split_cases(find_cases(data), fold=spec.fold).test
+                    volumes = Preprocessed(own, test, work / "volumes", spec.field)
+                    add_text(results / f"{spec.name}.json", model.to(device), own, test, volumes)
             print(f"done: {spec.name}", flush=True)
         except Exception:  # one failed run must not end the matrix
             print(f"failed: {spec.name}\n{traceback.format_exc()}", flush=True)
@@ -217,6 +244,7 @@ def ablate_text_command(
     data: DataOption,
     on: str = "test",
     fold: int | None = None,
+    field: Annotated[tuple[float, float] | None, typer.Option(help="mm around the centre; size small: 192 192")] = None,
     firsts: Annotated[bool, typer.Option(help="the first case of each patient only, as `run` does")] = True,
     work: WorkOption = WORK,
 ) -> None:
@@ -224,7 +252,7 @@ def ablate_text_command(
     model, task = checkpoints.restore_model(checkpoints.load(checkpoint), checkpoint)
     split = split_cases(find_cases(data), fold=fold)
     cases = {"test": split.test, "validation": split.validation}[on]
-    volumes = Preprocessed(task, cases, work / "volumes")
+    volumes = Preprocessed(task, cases, work / "volumes", field)
     if firsts:
         print(json.dumps(ablate_text(model, task, *first_of_each(cases, volumes)), indent=1))
     else:

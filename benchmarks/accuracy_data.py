@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.transforms import Compose
+from monai.transforms import CenterSpatialCropd, Compose
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -96,11 +96,22 @@ class Preprocessed(Dataset):
     """Cases on the network's grid, kept on disk for every later run with the same preprocessing.
 
     An item is `image` (channels, h, w, d), with the metadata that `lib.transforms.restore` needs, and `label`.
+
+    Args:
+        task: how to preprocess.
+        cases: of `find_cases`.
+        cache: folder to keep them in.
+        field: mm left-right and posterior-anterior around the centre to keep, in all volumes; what lies outside is
+            neither trained on nor segmented, yet scored. None keeps all.
     """
 
     META = ("original_affine", "spatial_shape")
 
-    def __init__(self, task: Task, cases: Sequence[dict[str, str]], cache: Path) -> None:
+    def __init__(
+        self, task: Task, cases: Sequence[dict[str, str]], cache: Path, field: tuple[float, float] | None = None
+    ) -> None:
+        size = [round(mm / spacing) for mm, spacing in zip(field, task.spacing, strict=False)] if field else [-1, -1]
+        self.crop = CenterSpatialCropd(["image", "label"], (*size, -1))
         self.cases, self.transforms = list(cases), load(task, label=True)
         key = task.model_dump_json(include={"spacing", "intensity", "labels", "regions", "channels"})
         self.folder = cache / f"{task.name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
@@ -121,7 +132,7 @@ class Preprocessed(Dataset):
             write_atomic(path, lambda file: torch.save(kept, file))
         kept = torch.load(path, weights_only=True)
         meta = {k: kept[k] for k in (*self.META, "affine")}
-        return {k: MetaTensor(kept[k], meta=dict(meta)) for k in ("image", "label")}
+        return self.crop({k: MetaTensor(kept[k], meta=dict(meta)) for k in ("image", "label")})
 
 
 class Patches(Dataset):

@@ -17,9 +17,11 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import accuracy_report as report  # noqa: E402
 import accuracy_training as training  # noqa: E402
-from accuracy import claim, execute  # noqa: E402
+from accuracy import claim, execute, missing  # noqa: E402
 from accuracy_data import Patches, Preprocessed, find_cases, split_cases  # noqa: E402
 from accuracy_settings import VISION_ONLY, Run, matrix, with_shuffled_text  # noqa: E402
+from lib.nets import build_model  # noqa: E402
+from lib.nets.fusion import BiFusion, IdentityFusion  # noqa: E402
 
 
 def acdc_like(folder: Path, patients: int) -> Path:
@@ -145,6 +147,22 @@ def _tiny_cases(folder: Path, patients: int) -> list[dict[str, str]]:
     return find_cases(folder)
 
 
+def test_the_field_is_cut_from_the_middle_and_keeps_its_place(tmp_path: Path) -> None:
+    task, cases = tiny_task(), _tiny_cases(tmp_path, 1)
+    (whole,) = Preprocessed(task, cases, tmp_path / "cache")
+    (middle,) = Preprocessed(task, cases, tmp_path / "cache", (20.0, 10.0))
+    w, h, d = whole["image"].shape[1:]
+    assert middle["image"].shape == middle["label"].shape == (1, 20, 10, d)
+    x, y = (w - 20) // 2, (h - 10) // 2
+    assert torch.equal(middle["label"].as_tensor(), whole["label"].as_tensor()[:, x : x + 20, y : y + 10])
+    background = torch.nn.functional.one_hot(middle["label"][0].long(), task.out_channels).movedim(-1, 0).float()
+    restored = training.restore(background.as_subclass(torch.Tensor), middle["image"], task)
+    reference = training.read_volume(cases[0]["label"]).numpy()[0]
+    inside = restored > 0
+    assert inside.any()
+    assert (restored[inside] == reference[inside]).all()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "head"), [("bipvl", "text"), ("swin_unetr", "fixed")])
 def test_the_papers_protocol_runs_on_a_data_set_of_another_task(tmp_path: Path, model: str, head: str) -> None:
@@ -168,6 +186,22 @@ def test_every_run_of_the_matrix_has_a_name_of_its_own_and_a_task() -> None:
         run.task_of()
     with pytest.raises(ValueError, match="reads none"):
         Run("acdc-mr", "unet", variant="name")
+
+
+def test_late_fusion_is_the_last_stage_only() -> None:
+    blocks = [type(block) for block in build_model(tiny_task(model={"fusion": "late"})).fusion]
+    assert blocks == [IdentityFusion, IdentityFusion, IdentityFusion, BiFusion]
+
+
+def test_a_text_ablation_that_was_cut_off_is_still_to_be_done(tmp_path: Path) -> None:
+    run, plain = Run("acdc-mr", "bipvl"), Run("acdc-mr", "unet")
+    assert missing(run, tmp_path, text=True) == "run"
+    for each in (run, plain):
+        (tmp_path / f"{each.name}.json").write_text("{}")
+    assert missing(run, tmp_path, text=True) == "text"
+    assert missing(run, tmp_path, text=False) == missing(plain, tmp_path, text=True) == ""
+    (tmp_path / f"{run.name}.json").write_text('{"text": []}')
+    assert missing(run, tmp_path, text=True) == ""
 
 
 def test_a_run_is_claimed_once_and_freed_by_the_death_of_its_process(tmp_path: Path) -> None:
