@@ -144,6 +144,7 @@ class Training(_Model):
     text_noise: Annotated[float, Field(ge=0)] = 0.01
     drop_classes: Annotated[float, Field(ge=0, le=1)] = 0.3  # text head: share of steps that know some classes only
     drop_concepts: Annotated[float, Field(ge=0, le=1)] = 0.0  # text head: share of steps that read some sentences only
+    mirror: Annotated[float, Field(ge=0, le=1)] = 0.0  # text head: share of steps that mirror patient and words
     global_weight: Annotated[float, Field(ge=0)] = 1.0
     local_weight: Annotated[float, Field(ge=0)] = 1.0
     gate_margin: Annotated[float, Field(ge=0, le=1)] = 0.02  # how much Dice one class may lose in a round
