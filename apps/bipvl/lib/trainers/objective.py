@@ -15,7 +15,6 @@ from lib.losses import (
     segmentation_loss,
 )
 from lib.nets.bipvl import BiPVLSeg
-from lib.nets.heads import FixedHead
 from lib.nets.text import Sentences
 from lib.tasks import Task
 from lib.wording import MIRROR, exchanged_rows
@@ -92,13 +91,11 @@ class TrainingNetwork(nn.Module):
         """Vision at the optimiser's rate, language at its own, and the sigmas, which do not decay.
 
         The paper has one rate, and so do the defaults. Narrow networks from scratch need a rate for the vision side at
-        which a BERT collapses (all sentences become one vector), so the language side has a rate of its own. A head
-        that reads belongs to it.
+        which a BERT collapses (all sentences become one vector), so the language side has a rate of its own. The head
+        belongs to vision, also where it reads: its text comes normalised, and at the language's rate it lags behind.
         """
         model = self.model
-        vision: list[nn.Parameter] = list(model.vision.parameters())
-        if isinstance(model.head, FixedHead):
-            vision += model.head.parameters()
+        vision: list[nn.Parameter] = [*model.vision.parameters(), *model.head.parameters()]
         known = {id(p) for p in vision}
         return [
             {"params": vision},
