@@ -1,19 +1,17 @@
-"""Stores on a real archive, as the server makes them; fixtures for the tests that name this file as a plugin."""
+"""Stores on a real archive, as the server makes them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pydicom
-import pytest
 from monailabel.datastore.dicom import DICOMwebClientX
 
 from archive import Archive
-from dicoms import dcmqi_seg, make_series
+from dicoms import dcmqi_seg
 from helpers import tiny_task
 from lib.dicomstore import DicomStore
 from lib.tasks import Task
@@ -61,41 +59,3 @@ def dated(file: Path, time_of_day: str) -> Path:
     ds.ContentDate, ds.ContentTime = "20260131", time_of_day
     ds.save_as(file)
     return file
-
-
-# --- fixtures ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def archive(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Archive]:
-    with Archive(tmp_path_factory.mktemp("archive") / "orthanc") as running:
-        yield running
-
-
-@pytest.fixture
-def series(archive: Archive, tmp_path: Path) -> Iterator[str]:
-    """A series of a new patient; gone afterwards, with its labels."""
-    uid = make_series(tmp_path / "series")
-    archive.store(tmp_path / "series")
-    yield uid
-    for ds in archive.segs():
-        archive.remove_series(ds.SeriesInstanceUID)
-    archive.remove_series(uid)
-
-
-@pytest.fixture
-def store(archive: Archive, series: str, tmp_path: Path) -> DicomStore:
-    return store_on(archive, tmp_path / "cache", TASK)
-
-
-@pytest.fixture
-def always_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stores ask the archive every time, so that tests need not wait for what others have stored."""
-    monkeypatch.setattr("lib.dicomlist.FRESH_SECONDS", 0.0)
-
-
-@pytest.fixture
-def mask() -> np.ndarray:
-    made = np.zeros(SHAPE, np.uint8)
-    made[1:4, 2:5, 1:3], made[5, 5, :], made[8, 6, 4] = 3, 1, 3
-    return made

@@ -17,7 +17,7 @@ from lib.dicomstore import DicomStore
 from lib.labelfiles import ConflictError, NotInStoreError, StoreError
 from stores import SHAPE, TASK, counted, label_file, label_of, seg_of, store_on
 
-pytest_plugins = ("stores",)
+pytest_plugins = ("archive_fixtures",)
 pytestmark = [needs_orthanc, pytest.mark.usefixtures("always_asked")]
 
 

@@ -23,7 +23,7 @@ from lib.dicomweb import ArchiveError
 from lib.labelfiles import StoreError
 from stores import SHAPE, TASK, counted, dated, label_file, label_of, seg_of, store_on
 
-pytest_plugins = ("stores",)
+pytest_plugins = ("archive_fixtures",)
 pytestmark = [needs_orthanc, pytest.mark.usefixtures("always_asked")]
 
 

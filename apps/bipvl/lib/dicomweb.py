@@ -98,7 +98,8 @@ class Archive:
     def describe(self, study: str, series: str, instance: str) -> Dataset:
         """All of an instance but its pixels."""
         with self._asking(f"the description of {instance}"):
-            return Dataset.from_json(self.client.retrieve_instance_metadata(study, series, instance))
+            found = self.client.retrieve_instance_metadata(study, series, instance)
+            return Dataset.from_json(found, bulk_data_uri_handler=lambda _: None)  # pixels are not fetched
 
     def instance(self, study: str, series: str, instance: str) -> Dataset:
         """One instance, as it was stored."""

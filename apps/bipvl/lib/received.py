@@ -108,7 +108,7 @@ def check_label_file(path: Path, image: Path, case: str) -> MetaTensor:
 def _check_layers(path: Path) -> None:
     """3D Slicer keeps segments that overlap in layers, a fourth axis that comes first in its files."""
     try:
-        sizes = nrrd.read_header(str(path))["sizes"] if path.name.lower().endswith(".nrrd") else ()
+        sizes = list(nrrd.read_header(str(path))["sizes"]) if path.name.lower().endswith(".nrrd") else []
     except (nrrd.NRRDError, OSError, KeyError, ValueError):
         return  # reading it says why
     if len(sizes) == 4:
