@@ -122,6 +122,7 @@ def nginx(folder: Path, server_port: int) -> Iterator[int]:
     subprocess.run([NGINX, "-t", "-c", str(folder / "nginx.conf")], check=True, capture_output=True)
     process = subprocess.Popen([NGINX, "-c", str(folder / "nginx.conf"), "-g", "daemon off;"])
     try:
+        _wait_for(lambda: requests.get(f"http://127.0.0.1:{port - 1}", allow_redirects=False, timeout=5).is_redirect)
         yield port
     finally:
         process.terminate()
