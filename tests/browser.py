@@ -105,7 +105,9 @@ class Visit:
         self.page.get_by_text(patient).first.click()
         self.page.get_by_role("button", name=mode).click()
         self.wait_for_pictures()
-        self.page.get_by_role("button", name="Confirm and Hide").click()
+        notice = self.page.get_by_role("button", name="Confirm and Hide")
+        if notice.is_visible():
+            notice.click()
 
     def wait_for_pictures(self) -> None:
         self.page.wait_for_function(

@@ -6,7 +6,7 @@ import * as server from './server.js'
 import { fromNifti, toNifti } from './volumes.js'
 
 const FILL = 0.4 // opacity of a mask
-const POLL = 2000 // milliseconds between questions about a running training
+const POLL = 1000 // milliseconds between questions about a running training
 const KEEP = 1000 // milliseconds after a stroke until the drawing is kept
 const RUNNING = ['SUBMITTED', 'RUNNING']
 const STRATEGY = 'bipvl-strategy'
@@ -276,7 +276,7 @@ export class Session {
 
   /** The server did not answer; training may well go on. */
   _again() {
-    this._timer = setTimeout(() => this._watch().catch(() => this._again()), 5 * POLL)
+    this._timer = setTimeout(() => this._watch().catch(() => this._again()), 10 * POLL)
   }
 
   _mayReplace() {

@@ -1,0 +1,325 @@
+"""An annotator's day in OHIF, on a real archive: segment, correct, submit, next case, train, segment again."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import pytest
+import requests
+import yaml
+
+from archive import Archive, needs_orthanc
+from browser import ACCOUNT, ACCOUNT_OF_SERVER, SMALL, WAIT, Visit, another_patient, chromium, needs_browser, visiting
+from conftest import ROOT
+from server import Server
+
+PATIENTS = {"CASE-A": slice(0, 10), "CASE-B": slice(10, 20), "CASE-C": slice(20, 30)}
+LABELS = yaml.safe_load((ROOT / "sample-apps-config" / "quickstart.yaml").read_text())["labels"]
+# The drawing in the active viewport, as the viewer holds it.
+DRAWING = """() => {
+    const segmentation = cornerstoneTools.segmentation.state.getSegmentations()[0]
+    const volume = cornerstone.cache.getVolume(segmentation.representationData.Labelmap.volumeId)
+    const data = volume.voxelManager.getCompleteScalarDataArray()
+    let text = ''
+    for (let i = 0; i < data.length; i += 32768) text += String.fromCharCode(...data.slice(i, i + 32768))
+    const { dimensions, origin, direction, spacing } = volume
+    return { dimensions, origin: [...origin], direction: [...direction], spacing, data: btoa(text) }
+}"""
+
+
+@dataclass
+class Site:
+    """Archive and server, with the series of each patient."""
+
+    archive: Archive
+    server: Server
+    series: dict[str, str]
+
+    def ask(self, method: str, path: str, **more: Any) -> Any:
+        answer = self.server.call(method, path, auth=(ACCOUNT["username"], ACCOUNT["password"]), **more)
+        answer.raise_for_status()
+        return answer.json()
+
+    def segmentations(self, patient: str) -> list[pydicom.Dataset]:
+        """The patient's DICOM SEG objects, oldest first."""
+        query = {"Level": "Instance", "Query": {"Modality": "SEG", "PatientID": patient}}
+        found = requests.post(f"{self.archive.rest}/tools/find", json=query, timeout=60).json()
+        files = [requests.get(f"{self.archive.rest}/instances/{i}/file", timeout=60).content for i in found]
+        return sorted((pydicom.dcmread(io.BytesIO(f)) for f in files), key=lambda ds: ds.ContentDate + ds.ContentTime)
+
+
+@pytest.fixture(scope="module")
+def site(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("loop")
+    files = sorted((real_data / "dicom_ct" / "crlm-ct-1004").iterdir())
+    series = {p: another_patient(files[part], folder / p, p)[1] for p, part in PATIENTS.items()}
+    environment = {**ACCOUNT_OF_SERVER, "MONAI_LABEL_DICOMWEB_CACHE_PATH": str(folder / "cache")}
+    with Archive(folder / "orthanc") as archive:
+        archive.store(*(folder / p for p in PATIENTS))
+        with Server(archive.url, folder / "models", SMALL, **environment) as server:
+            yield Site(archive, server, series)
+
+
+@pytest.fixture()
+def visit(site: Site) -> Iterator[Visit]:
+    with chromium() as browser, visiting(browser, site.server.url) as started:
+        yield started
+
+
+# What the page shows --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Drawing:
+    """Voxels (slice, row, column) with their place in space."""
+
+    voxels: np.ndarray
+    origin: np.ndarray
+    normal: np.ndarray
+    orientation: list[float]
+    spacing: float
+
+    def counts(self) -> dict[str, int]:
+        found = {name: int((self.voxels == label["value"]).sum()) for name, label in LABELS.items()}
+        return {name: n for name, n in found.items() if n}
+
+
+def drawing(visit: Visit) -> Drawing:
+    found = visit.page.evaluate(DRAWING)
+    voxels = np.frombuffer(base64.b64decode(found["data"]), np.uint8).reshape(found["dimensions"][::-1])
+    direction = found["direction"]
+    return Drawing(
+        voxels, np.array(found["origin"]), np.array(direction[6:]), direction[:6], float(found["spacing"][2])
+    )
+
+
+def button(visit: Visit, name: str) -> Any:
+    return visit.page.get_by_role("button", name=name, exact=True)
+
+
+def wait_for(visit: Visit, selector: str, text: str, seconds: int = WAIT // 1000) -> str:
+    """Wait until a part of the panel says something, and return all that it says."""
+    part = visit.page.locator(selector).filter(has_text=text)
+    part.wait_for(timeout=seconds * 1000)
+    return part.inner_text()
+
+
+def stroke(visit: Visit, name: str, radius: int = 12) -> None:
+    """Choose a segment and draw over the middle of the first viewport with the brush."""
+    page = visit.page
+    page.locator('[data-cy="data-row"]').filter(has_text=name).click()
+    page.locator('[data-cy="Brush"]').click()
+    page.get_by_role("slider").first.wait_for()
+    box = page.locator("canvas.cornerstone-canvas").first.bounding_box()
+    assert box
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x - 3 * radius, y)
+    page.mouse.down()
+    page.mouse.move(x + 3 * radius, y, steps=6)
+    page.mouse.up()
+
+
+def colours(visit: Visit) -> dict[str, float]:
+    """The share of each label's colour among the coloured pixels, where masks hide the image and have no outlines.
+
+    The viewer mixes a colour with an eighth of that of the label before.
+    """
+    visit.page.evaluate(
+        """() => {
+            const { style } = cornerstoneTools.segmentation.config
+            const type = { type: 'Labelmap' }
+            style.setStyle(type, { ...style.getStyle(type), renderOutline: false, fillAlpha: 1 })
+            cornerstone.getRenderingEngines().forEach(engine => engine.render())
+        }"""
+    )
+    visit.page.wait_for_timeout(1000)
+    pixels = visit.shown().reshape(-1, 3)
+    coloured = pixels[np.ptp(pixels, axis=1) > 8]
+    own = np.array([label["color"] for label in LABELS.values()], float)
+    expected = own * 7 / 8 + np.vstack([np.zeros(3), own[:-1]]) / 8
+    distance = np.abs(coloured[:, None] - expected).max(-1)
+    assert (distance.min(1) < 12).mean() > 0.95, coloured[distance.min(1) >= 12][:20]
+    nearest = np.bincount(distance.argmin(1), minlength=len(LABELS)) / max(1, len(coloured))
+    return dict(zip(LABELS, nearest.tolist(), strict=True))
+
+
+# What the archive holds -----------------------------------------------------------------------------------------------
+
+
+def assert_holds(ds: pydicom.Dataset, shown: Drawing, series: str) -> None:
+    """The SEG is of this series; its segments have the task's names and codes, and the voxels that the page showed."""
+    assert ds.ReferencedSeriesSequence[0].SeriesInstanceUID == series
+    names = {}
+    for segment in ds.SegmentSequence:
+        snomed = LABELS[segment.SegmentLabel]["snomed"]
+        (kind,) = segment.SegmentedPropertyTypeCodeSequence
+        assert (kind.CodingSchemeDesignator, kind.CodeValue) == ("SCT", snomed["code"])
+        names[int(segment.SegmentNumber)] = segment.SegmentLabel
+    assert set(names.values()) >= set(shown.counts())
+    found = np.zeros_like(shown.voxels)
+    shared = ds.SharedFunctionalGroupsSequence[0]
+    orientation = shared.PlaneOrientationSequence[0].ImageOrientationPatient
+    np.testing.assert_allclose([float(v) for v in orientation], shown.orientation, atol=1e-5)
+    frames = ds.pixel_array.reshape(-1, ds.Rows, ds.Columns)
+    for frame, groups in zip(frames, ds.PerFrameFunctionalGroupsSequence, strict=True):
+        position = np.array([float(v) for v in groups.PlanePositionSequence[0].ImagePositionPatient])
+        number = int(groups.SegmentIdentificationSequence[0].ReferencedSegmentNumber)
+        k = round(float((position - shown.origin) @ shown.normal / shown.spacing))
+        found[k][frame > 0] = LABELS[names[number]]["value"]
+    np.testing.assert_array_equal(found, shown.voxels)
+
+
+def algorithms(ds: pydicom.Dataset) -> set[str]:
+    return {segment.SegmentAlgorithmType for segment in ds.SegmentSequence}
+
+
+# The loop -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@needs_orthanc
+@needs_browser
+def test_annotators_loop(site: Site, visit: Visit) -> None:
+    page = visit.page
+    asked: list[str] = []  # the questions of dialogs
+    answers: list[bool] = []  # what the annotator answers to the next ones; else yes
+
+    def answer(dialog: Any) -> None:
+        asked.append(f"{dialog.type}: {dialog.message}")
+        if answers and not answers.pop(0):
+            dialog.dismiss()
+        else:
+            dialog.accept()
+
+    page.on("dialog", answer)
+
+    # Study list: the patients of the archive, and filters.
+    page.goto(f"{visit.address}/ohif/")
+    for patient in PATIENTS:
+        page.get_by_text(patient).first.wait_for()
+    visit.picture("ohif-studies")
+    page.locator('[data-cy="input-mrn"]').fill("CASE-B")
+    page.get_by_text("CASE-A").first.wait_for(state="detached")
+    assert page.get_by_text("CASE-B").count() and not page.get_by_text("CASE-C").count()
+
+    # A study in the mode MONAI Label: the panel has found the server of this page.
+    visit.open_study("CASE-A", "MONAI Label")
+    assert "CASE-A" in wait_for(visit, ".case", "CASE-")
+    wait_for(visit, ".version", "Not trained yet")
+    wait_for(visit, ".count", "0 of 3 cases")
+    rows = [row.inner_text().split("\n") for row in page.locator('[data-cy="data-row"]').all()]
+    assert [row[-1] for row in rows] == list(LABELS)
+
+    # Auto-Segmentation: named and coloured organs, and what to think of them.
+    button(visit, "Auto-Segmentation").click()
+    wait_for(visit, ".version", "Drawn by an untrained model")
+    assert "untrained weights" in page.locator(".warnings").inner_text()
+    proposed = drawing(visit)
+    shares = colours(visit)
+    in_mask = proposed.counts()
+    assert {name for name, share in shares.items() if share > 0.02} <= set(in_mask), (shares, in_mask)
+    assert max(shares, key=lambda n: shares[n]) in sorted(in_mask, key=lambda n: in_mask[n])[-2:], (shares, in_mask)
+
+    # A correction is not submitted yet; who leaves is asked.
+    stroke(visit, "aorta")
+    wait_for(visit, ".drawn", "Your drawing is not submitted")
+    corrected = drawing(visit)
+    assert corrected.counts()["aorta"] > proposed.counts().get("aorta", 0)
+    visit.picture("ohif-corrected")
+    answers.append(False)
+    page.locator('[data-cy="return-to-work-list"]').click()
+    assert "not submitted" in asked[-1] and "monai-label" in page.url
+
+    # A submit that fails loses nothing, and can be repeated.
+    full = {"detail": "the server's disk is full; nothing was changed. Whoever runs it has to make room"}
+    page.route("**/datastore/label?*", lambda route: route.fulfill(status=507, body=json.dumps(full)), times=1)
+    visit.expected += ("507 PUT",)
+    button(visit, "Submit Label").click()
+    wait_for(visit, ".message.error", "The server's disk is full")
+    visit.picture("ohif-submit-failed")
+    assert site.segmentations("CASE-A") == []
+    np.testing.assert_array_equal(drawing(visit).voxels, corrected.voxels)
+    button(visit, "Try again").click()
+    said = wait_for(visit, ".drawn", "Submitted at")
+    for name, count in corrected.counts().items():
+        assert f"{name} {count:,}" in said
+    wait_for(visit, ".count", "1 of 3 cases")
+    (first,) = site.segmentations("CASE-A")
+    assert_holds(first, corrected, site.series["CASE-A"])
+    assert algorithms(first) == {"MANUAL", "SEMIAUTOMATIC"}  # what was drawn over, and what was left as proposed
+
+    # Next Sample: neither the labelled case nor the one that somebody else works on.
+    taken = site.ask("POST", "/activelearning/first", json={"client_id": "somebody else"})["id"]
+    (free,) = (p for p, uid in site.series.items() if p != "CASE-A" and uid != taken)
+    page.locator(".strategy").select_option("first")
+    button(visit, "Next Sample").click()
+    assert free in wait_for(visit, ".case", free)
+    visit.wait_for_pictures()
+
+    # Drawn from nothing, in a tab that is closed too early: the drawing is offered again.
+    stroke(visit, "liver")
+    wait_for(visit, ".drawn", "Your drawing is not submitted")
+    by_hand = drawing(visit)
+    page.wait_for_timeout(2000)  # until it is kept
+    page.reload()
+    assert asked[-1].startswith("beforeunload")
+    visit.wait_for_pictures()
+    button(visit, "Bring it back").click()
+    wait_for(visit, ".drawn", "Your drawing is not submitted")
+    np.testing.assert_array_equal(drawing(visit).voxels, by_hand.voxels)
+    button(visit, "Submit Label").click()
+    wait_for(visit, ".drawn", f"liver {by_hand.counts()['liver']:,} voxels")
+    (second,) = site.segmentations(free)
+    assert_holds(second, by_hand, site.series[free])
+    assert algorithms(second) == {"MANUAL"}
+
+    # Update Model: stopped once, then to the end.
+    page.locator("summary").filter(has_text="Options").click()
+    page.locator('[name="train.max_epochs"]').fill("3")
+    page.locator('[name="train.tracking"]').select_option("None")
+    page.locator("summary").filter(has_text="Options").click()
+    button(visit, "Update Model").click()
+    button(visit, "Stop").click()
+    wait_for(visit, ".training", "Training was stopped")
+    wait_for(visit, ".version", "Not trained yet")
+    button(visit, "Update Model").click()
+    wait_for(visit, ".training", "of 3, loss", 300)
+    visit.picture("ohif-training")
+    wait_for(visit, ".training", "Version 1 is served", 300)
+    wait_for(visit, ".version", "Version 1 is served")
+
+    # The next mask is the new version's, on a case that has a label to go back to.
+    button(visit, "Auto-Segmentation").click()
+    wait_for(visit, ".version", "Drawn by version 1")
+    assert not page.locator(".warnings li").count()
+    visit.picture("ohif-version-1")
+    page.reload()
+    visit.wait_for_pictures()
+    button(visit, "Load the submitted label").click()
+    page.wait_for_function(f"() => {{ const f = {DRAWING}; return atob(f().data).includes('\\x01') }}")
+    np.testing.assert_array_equal(drawing(visit).voxels, by_hand.voxels)
+
+    # Nobody is offered what is labelled or taken.
+    button(visit, "Next Sample").click()
+    wait_for(visit, ".message", "No case is left")
+
+    # A case that shows nothing of the task: who submits an empty drawing says so.
+    (last,) = (p for p, uid in site.series.items() if uid == taken)
+    visit.open_study(last, "MONAI Label")
+    answers.append(False)
+    button(visit, "Submit Label").click()
+    wait_for(visit, ".count", "2 of 3 cases")
+    assert f"none of {', '.join(LABELS)}?" in asked[-1] and site.segmentations(last) == []
+    button(visit, "Submit Label").click()
+    wait_for(visit, ".count", "3 of 3 cases")
+    (third,) = site.segmentations(last)
+    assert_holds(third, drawing(visit), taken)
+    visit.assert_clean()
