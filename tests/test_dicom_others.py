@@ -116,6 +116,20 @@ def test_several_tasks_each_get_their_own_labels(
 # --- the archive misbehaves -------------------------------------------------------------------------------------------
 
 
+def test_a_name_that_two_tasks_have_is_that_of_the_task_it_was_saved_for(
+    archive: Archive, series: str, mask: np.ndarray, tmp_path: Path
+) -> None:
+    other = tiny_task(
+        name="other", labels={"aorta": label(1), "liver": label(3)}, concepts=concepts(["aorta", "liver"], "CT")
+    )
+    store = store_on(archive, tmp_path / "cache", TASK, other)
+    file = label_file(store, series, mask, tmp_path / "l.nii.gz")
+    store.save_label(series, str(file), "final", {"model": "other"})
+    (case,) = store_on(archive, tmp_path / "reading", TASK, other).datalist()
+    assert case["task"] == "other"
+    np.testing.assert_array_equal(label_of(store, series), mask)
+
+
 def test_nothing_is_lost_while_the_archive_is_down(
     archive: Archive, store: DicomStore, series: str, mask: np.ndarray, tmp_path: Path
 ) -> None:

@@ -13,7 +13,7 @@ import pytest
 from pydicom.dataset import Dataset
 
 from dicoms import dcmqi_seg, iod_errors, make_series, needs_dciodvfy
-from helpers import label, tiny_task
+from helpers import concepts, label, tiny_task
 from lib.dicomimage import SeriesError, Volume, read_headers, volume_of
 from lib.dicomlist import created, description, newest_first
 from lib.dicomseg import MadeBy, read_seg, segment_labels, write_seg
@@ -181,6 +181,24 @@ def test_a_series_without_frame_of_reference_is_refused(mask: np.ndarray, volume
         ds.FrameOfReferenceUID = ""
     with pytest.raises(SeriesError, match="the DICOM tag FrameOfReferenceUID is missing"):
         written(mask, volume_of(slices), amos)
+
+
+@needs_dciodvfy
+def test_names_in_any_script_survive(volume: Volume, tmp_path: Path) -> None:
+    slices = [copy.deepcopy(ds) for ds in volume.headers]
+    for ds in slices:
+        ds.SpecificCharacterSet, ds.PatientName = "ISO_IR 100", "Müller^Jörg"
+    names = {"größte Läsion": label(1), "肝": label(2)}
+    task = tiny_task(labels=names, concepts=concepts(list(names), "CT"))
+    mask = np.zeros(volume.shape, np.uint16)
+    mask[0, 0, 0], mask[1, 1, 1] = 1, 2
+    written(mask, volume_of(slices), task, author="Zoë", declared=list(names)).save_as(tmp_path / "seg.dcm")
+    ds = pydicom.dcmread(tmp_path / "seg.dcm")
+    assert (ds.PatientName, ds.ContentCreatorName) == ("Müller^Jörg", "Zoë^")
+    found = read_seg(ds, volume)
+    assert found.names == tuple(names) and found.declared == list(names)
+    np.testing.assert_array_equal(values(ds, volume, task), mask)
+    assert iod_errors(tmp_path / "seg.dcm") == []
 
 
 # --- other programs ---------------------------------------------------------------------------------------------------

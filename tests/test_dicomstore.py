@@ -44,7 +44,6 @@ def test_an_archive_knows_series_only(dicom: DicomStore, labels: list[Path], uid
         lambda: dicom.save_label(uid, str(labels[1]), "final", {}),
         lambda: dicom.get_image_uri(uid),
         lambda: dicom.get_label_uri(uid, "final"),
-        lambda: dicom.add_image(uid, str(labels[1]), {}),
         lambda: dicom.remove_image(uid),
         lambda: dicom.remove_label(uid, "final"),
     ):

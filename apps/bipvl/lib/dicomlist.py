@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 FRESH_SECONDS = 1.0
 UNLISTED_SECONDS = 600.0  # how long an archive may take to list what it has taken
+FAILED_SECONDS = 60.0  # until an archive is asked again for what it could not describe
 DESCRIBED_AT_ONCE = 4
 EPOCH = "1970-01-01T00:00:00"
 
@@ -36,6 +37,7 @@ class Segmentation:
     """One SEG: where it is, which series it was drawn on, when, and what its segments are called.
 
     draft: this app's own mask that nobody has looked at (`output=dicom_seg`); no label.
+    task: for which this app saved it; empty for others'.
     """
 
     study: str
@@ -45,6 +47,7 @@ class Segmentation:
     created: str
     names: tuple[str, ...]
     draft: bool = False
+    task: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class Listings:
         self._lock = threading.RLock()
         self._known = _read(path)
         self._own: dict[str, tuple[float, Segmentation]] = {}  # saved here, perhaps not listed yet
+        self._failed: dict[str, float] = {}  # SEGs that the archive could not describe, and when
         self._told: set[str] = set()
         self._listing, self._asked = Listing({}), -FRESH_SECONDS
 
@@ -105,7 +109,10 @@ class Listings:
         images = {uid: entry for uid, entry in images.items() if entry.instances is None or entry.instances > 1}
         listed = {seg[2]: seg for seg in self._archive.segmentations()}
         studies = {entry.study for entry in images.values()}
-        new = [seg for uid, seg in listed.items() if uid not in self._known and seg[0] in studies]
+        again = time.monotonic() - FAILED_SECONDS
+        self._failed = {uid: when for uid, when in self._failed.items() if when > again}
+        unknown = (seg for uid, seg in listed.items() if uid not in self._known and uid not in self._failed)
+        new = [seg for seg in unknown if seg[0] in studies]
         if new:
             self._describe(new)
         late = time.monotonic() - UNLISTED_SECONDS
@@ -129,6 +136,7 @@ class Listings:
                 return description(self._archive.describe(*seg))
             except (AttributeError, TypeError, ValueError) as error:  # also ArchiveError
                 logger.warning("SEG %s is left out for now: %s", seg[2], error)
+                self._failed[seg[2]] = time.monotonic()
                 return None
 
         with ThreadPoolExecutor(DESCRIBED_AT_ONCE) as pool:
@@ -153,7 +161,7 @@ class Listings:
 
 def description(ds: Dataset) -> Segmentation:
     """What a SEG says of itself, its pixels aside."""
-    tag = str(ds.get("ContentLabel", ""))
+    tag, ours = str(ds.get("ContentLabel", "")), str(ds.get("Manufacturer", "")) == MANUFACTURER
     return Segmentation(
         study=str(ds.StudyInstanceUID),
         series=str(ds.SeriesInstanceUID),
@@ -161,7 +169,8 @@ def description(ds: Dataset) -> Segmentation:
         images=tuple(dict.fromkeys(referenced_series(ds))),
         created=created(ds),
         names=tuple(segment_labels(ds).values()),
-        draft=str(ds.get("Manufacturer", "")) == MANUFACTURER and tag != "FINAL",
+        draft=ours and tag != "FINAL",
+        task=str(ds.get("DeviceSerialNumber", "")) if ours else "",
     )
 
 

@@ -140,6 +140,7 @@ def write_seg(
         )
     except AttributeError as error:
         raise SeriesError(f"series {first.SeriesInstanceUID}: no SEG can refer to it: {error}") from error
+    made.SpecificCharacterSet = "ISO_IR 192"  # UTF-8: names of people and of labels in any script
     date, time = when.strftime("%Y%m%d"), when.strftime("%H%M%S.%f")
     for what in ("InstanceCreation", "Content", "Series"):
         setattr(made, f"{what}Date", date)

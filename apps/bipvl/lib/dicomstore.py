@@ -17,28 +17,27 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 from dicomweb_client import DICOMwebClient
 from monailabel.config import settings
 from monailabel.utils.others.generic import md5_digest
-from pydicom import dcmread
 from pydicom.dataset import Dataset
-from pydicom.errors import InvalidDicomError
 
 from lib.cases import declared, make_case
 from lib.datastores import FINAL, LocalStore
 from lib.dicomcache import ImageCache
-from lib.dicomimage import Volume
+from lib.dicomlabels import by_name, modalities, task_named, task_of, task_of_seg, uploaded_seg, voxels_of
 from lib.dicomlist import Listings, Segmentation, description
-from lib.dicomseg import MadeBy, Segments, read_seg, referenced_series, write_seg
+from lib.dicomseg import MadeBy, read_seg, write_seg
 from lib.dicomweb import Archive, ArchiveError, SeriesEntry
 from lib.labelfiles import ConflictError, NotInStoreError, StoreError, check_tag, keep_copy
-from lib.labelnames import label_of, named_values, task_for, to_task_values
+from lib.labelnames import named_values, task_for, to_task_values
+from lib.maskfiles import write_mask
 from lib.proposals import Proposals
-from lib.received import check_label_file, plain
+from lib.received import plain
 from lib.renumber import segment_names
 from lib.tasks import Task
+from lib.volumes import read_header
 
 logger = logging.getLogger(__name__)
 
@@ -91,9 +90,9 @@ class DicomStore(LocalStore):
         if fetch_by_frame or not convert_to_nifti:
             logger.warning("This app downloads whole series and reads NIfTI; the environment asks for something else")
         home = Path(cache_path) if cache_path else Path.home() / ".cache" / "monailabel" / "dicom"
-        super().__init__(home / md5_digest(client.base_url))
+        super().__init__(home / md5_digest(client.base_url), tasks=tasks)
         self._refuses = settings.MONAI_LABEL_DATASTORE_READ_ONLY  # copies are made all the same
-        self._tasks, self._software = list(tasks), software
+        self._software = software
         self._archive = Archive(client, settings.MONAI_LABEL_DICOMWEB_PROXY_TIMEOUT)
         self._cache = ImageCache(self.folder, self._archive)
         chosen = "MONAI_LABEL_DICOMWEB_SEARCH_FILTER" in settings.model_fields_set
@@ -154,9 +153,6 @@ class DicomStore(LocalStore):
 
     def get_label_uri(self, label_id: str, label_tag: str, image_id: str = "") -> str:
         return str(self._label(label_id, label_tag))
-
-    def get_label_info(self, label_id: str, label_tag: str) -> dict[str, Any]:
-        return {**super().get_label_info(check_uid(label_id), label_tag)}
 
     def get_labels_by_image_id(self, image_id: str) -> dict[str, str]:
         """Tag to label id, which is the image's id."""
@@ -260,12 +256,15 @@ class DicomStore(LocalStore):
 
     def propose(self, image_id: str, model: str, version: int, mask: Path) -> None:
         """Remember the model's mask of an image: what a person leaves as it is will be saved as the model's."""
-        task = self._task_named(model)
-        self._proposals.add(image_id, task, version, self._voxels(mask, image_id))
+        task = task_named(model, self.tasks)
+        try:
+            self._proposals.add(image_id, task, version, self._voxels(mask, image_id))
+        except StoreError as error:  # the archive went down meanwhile: the mask is worth more than the note
+            logger.warning("The mask of %s will count as drawn by hand: %s", image_id, error)
 
     def as_seg(self, image_id: str, model: str, version: int, mask: Path) -> Dataset:
         """The model's mask of an image as a SEG, which no archive has yet and which counts as no label."""
-        task, entry = self._task_named(model), self._entry(image_id)
+        task, entry = task_named(model, self.tasks), self._entry(image_id)
         return write_seg(
             self._voxels(mask, image_id),
             self._cache.volume(entry),
@@ -293,13 +292,7 @@ class DicomStore(LocalStore):
         return self._final(case)[0] if check_tag(label_tag) == FINAL else super()._label(case, label_tag)
 
     def _is_label(self, names: Iterable[str]) -> bool:
-        return task_for(names, self._tasks) is not None
-
-    def _task_named(self, name: Any) -> Task:
-        found = [task for task in self._tasks if task.name == name]
-        if not found:
-            raise StoreError(f"unknown model {name!r}; valid are {', '.join(t.name for t in self._tasks)}")
-        return found[0]
+        return task_for(names, self.tasks) is not None
 
     def _final(self, uid: str) -> tuple[Path, dict[str, Any]]:
         """The copy of the newest SEG of an image, made anew where there is a newer one, and what is known about it."""
@@ -307,54 +300,27 @@ class DicomStore(LocalStore):
         if uid not in listing.labels:
             raise NotInStoreError(f"image {uid!r} has no label of tag {FINAL!r} in the archive")
         seg = listing.labels[uid][0]
+        task = task_of_seg(seg.names, seg.task, self.tasks)
+        assert task, "a listed label has a task"
         with self._cache.lock(uid):
             volume = self._cache.volume(entry)
             paths = self._labels.of(uid, FINAL)
             if paths:
                 info = self._infos.read().label(uid, FINAL, paths[-1]).info
-                if info.get("segmentation") == seg.instance and info.get("read_as") == self._reading(seg.names, volume):
+                if info.get("segmentation") == seg.instance and info.get("read_as") == _reading(volume.shape, task):
                     return paths[-1], info
             found = read_seg(self._archive.instance(seg.study, seg.series, seg.instance), volume)
-            mask, task, looked_for = self._by_name(found, seg)
+            mask, looked_for = by_name(found, f"SEG {seg.instance}", task)
             info = {**_facts(seg), "annotated": looked_for}
             return self._copy(uid, FINAL, mask, task, {k: v for k, v in info.items() if v is not None})
 
-    def _by_name(self, found: Segments, seg: Segmentation) -> tuple[np.ndarray, Task, list[str] | None]:
-        """A SEG in the values of its task. Segments that the task does not know are left out, and then the label counts
-        for the classes that it does name: what else the image shows is not known."""
-        task = task_for(found.names, self._tasks)
-        if task is None:
-            raise StoreError(f"SEG {seg.instance}: no task knows a segment of {', '.join(found.names)}")
-        labels = [label_of(name, task) for name in found.names]
-        unknown = [name for name, label in zip(found.names, labels, strict=True) if label is None]
-        looked_for = found.declared
-        if unknown:
-            looked_for = list(dict.fromkeys(label for label in labels if label))
-            logger.warning(
-                "SEG %s: task %s does not know the segments %s; the label counts for %s",
-                *(seg.instance, task.name, ", ".join(unknown), ", ".join(looked_for)),
-            )
-        values = np.array([0, *(task.label_values[label] if label else 0 for label in labels)], np.uint16)
-        return values[found.index], task, looked_for
-
-    def _reading(self, names: Iterable[str], volume: Volume) -> dict[str, Any]:
-        """What a copy of a SEG depends on beside the SEG: the grid, and the values of the task."""
-        task = task_for(names, self._tasks)
-        return {"shape": list(volume.shape), "values": task.label_values if task else {}}
-
     def _copy(self, uid: str, tag: str, mask: np.ndarray, task: Task, info: dict[str, Any]) -> tuple[Path, dict]:
         """Put a label into the folder; the one that was there goes into the history."""
-        geometry = nib.load(self._cache.path(uid))
-        assert isinstance(geometry, nib.Nifti1Image)
-        header = nib.Nifti1Header()
-        header.set_data_dtype(np.uint8 if mask.max(initial=0) < 256 else np.uint16)
-        image = nib.Nifti1Image(mask.astype(header.get_data_dtype()), geometry.affine, header)
-        image.set_qform(geometry.affine, code=1)
-        image.set_sform(geometry.affine, code=1)
-        info = {**info, "task": task.name, "read_as": {"shape": list(mask.shape), "values": task.label_values}}
+        info = {**info, "task": task.name, "read_as": _reading(mask.shape, task)}
         with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / f"{uid}.nii.gz"
-            nib.save(image, file)
+            file, image = Path(folder) / f"{uid}.nii.gz", self._cache.path(uid)
+            kind = np.uint8 if mask.max(initial=0) < 256 else np.uint16
+            write_mask(file, mask.astype(kind), read_header(image).affine.numpy(), str(image), {})
             with self._writing():
                 self._labels.put(uid, tag, file, info)
         return self._labels.of(uid, tag)[-1], info
@@ -403,57 +369,22 @@ class DicomStore(LocalStore):
     def _received(self, source: Path, uid: str, info: dict[str, Any]) -> tuple[np.ndarray, Task, list[str] | None]:
         """An upload in the values of its task, and the classes that it declares."""
         if source.suffix.lower() == ".dcm":
-            return self._received_seg(source, uid, info)
-        mask = self._voxels(source, uid)
-        names = segment_names(source) or named_values(info.get("label_info"))
-        task = self._task_of(info, names, mask)
-        return to_task_values(mask, names, task), task, None
-
-    def _received_seg(self, source: Path, uid: str, info: dict[str, Any]) -> tuple[np.ndarray, Task, list[str] | None]:
-        try:
-            ds = dcmread(source)
-        except (InvalidDicomError, OSError) as error:
-            raise StoreError(f"the label is no DICOM file: {error}") from error
-        if uid not in (drawn_on := referenced_series(ds)):
-            raise StoreError(f"the segmentation was drawn on series {', '.join(drawn_on) or 'unknown'}, not on {uid}")
-        found = read_seg(ds, self._cache.volume(self._entry(uid)))
-        names = dict(enumerate(found.names, start=1))
-        task = self._task_of(info, names, found.index)
-        return to_task_values(found.index, names, task), task, found.declared
-
-    def _task_of(self, info: dict[str, Any], names: dict[int, str] | None, mask: np.ndarray) -> Task:
-        """The task that a label belongs to: the one that the client names, that knows its names, or its values."""
-        if info.get("model"):  # empty where 3D Slicer has none chosen
-            return self._task_named(info["model"])
-        shown = [int(value) for value in np.flatnonzero(np.bincount(mask.ravel())) if value]
-        if names is not None:
-            named = [names[value] for value in shown if value in names] or list(names.values())
-            return task_for(named, self._tasks) or self._tasks[0]  # which then says what it does not know
-        fitting = [task for task in self._tasks if set(shown) <= set(task.value_names)] or self._tasks[:1]
-        if len(fitting) > 1:
-            raise StoreError(
-                f"the values of the label could be those of {' or '.join(t.name for t in fitting)}: send label_info "
-                "with their names, or model with the name of the task"
-            )
-        return fitting[0]
+            found = uploaded_seg(source, uid, self._cache.volume(self._entry(uid)))
+            names: dict[int, str] | None = dict(enumerate(found.names, start=1))
+            mask, said = found.index, found.declared
+        else:
+            mask, said = self._voxels(source, uid), None
+            names = segment_names(source) or named_values(info.get("label_info"))
+        task = task_of(info, names, mask, self.tasks)
+        return to_task_values(mask, names, task), task, said
 
     def _voxels(self, file: Path, uid: str) -> np.ndarray:
-        """Values of a file (columns, rows, slices) on the grid of its image."""
-        volume = self._cache.volume(self._entry(uid))
-        if file.suffix.lower() == ".bin":
-            voxels = np.fromfile(file, np.uint8)
-            if voxels.size != np.prod(volume.shape):
-                raise StoreError(f"the label has {voxels.size} bytes; its image has {np.prod(volume.shape)} voxels")
-            return voxels.reshape(volume.shape, order="F")
-        found = check_label_file(file, self._cache.path(uid), uid).numpy()[0]
-        if not np.isfinite(found).all() or found.min() < 0 or found.max() > 65535 or (found != np.rint(found)).any():
-            raise StoreError("the label holds values that are no whole numbers from 0 to 65535")
-        return found.astype(np.uint16)
+        return voxels_of(file, self._cache.volume(self._entry(uid)), self._cache.path(uid), uid)
 
 
-def modalities(tasks: Iterable[Task]) -> list[str]:
-    """The DICOM modalities of tasks, each once."""
-    return list(dict.fromkeys("MR" if t.modality.upper() == "MRI" else t.modality.upper() for t in tasks))
+def _reading(shape: Sequence[int], task: Task) -> dict[str, Any]:
+    """What a copy of a SEG depends on beside the SEG: the grid, and the values of the task."""
+    return {"shape": list(shape), "task": task.name, "values": task.label_values}
 
 
 def _facts(seg: Segmentation) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import requests
@@ -70,7 +71,8 @@ class Archive:
 
     def __init__(self, client: DICOMwebClient, timeout: float) -> None:
         self.client = client
-        self.name = str(client.base_url)
+        address = urlsplit(str(client.base_url))  # as it may be shown: without an account
+        self.name = address._replace(netloc=address.netloc.rpartition("@")[2]).geturl()
         self.seconds = 0.0
         client.set_http_retry_params(retry=False)  # it would wait for minutes; the annotator asks again
         for scheme in ("http://", "https://"):
