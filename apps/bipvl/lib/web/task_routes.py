@@ -55,7 +55,7 @@ def task_routes(services: Services) -> APIRouter:
 
     @routes.post("/activelearning/{strategy}", tags=["ActiveLearning"], summary="The image to annotate next")
     def next_sample(request: Request, user: Asker, strategy: str, params: Params = None) -> dict[str, Any]:
-        config = choice("strategy", strategy, app._strategies).info().get("config", {})
+        config = choice("strategy", strategy, app._strategies).info().get("config") or {}
         given = choices.typed(checked(params or {}), config)
         client = str(given.get("client_id") or "")
         who = f"{user.name if services.auth else address_of(request.scope)}/{client}"
