@@ -144,6 +144,7 @@ def predict(
     tta: bool = False,
     sentences: Sentences | None = None,
     progress: Callable[[str], None] = logger.warning,
+    half: bool | None = None,
 ) -> Prediction:
     """Segment one preprocessed volume with sliding windows of the task's patch.
 
@@ -156,6 +157,7 @@ def predict(
         tta: average over the flips that the task was trained with.
         sentences: text in place of the task's own.
         progress: told when memory runs short and a smaller setting is tried.
+        half: compute in bfloat16; default: on a GPU, not on a CPU. Stitching and probabilities stay in float32.
 
     Raises:
         ValueError: overlap out of range.
@@ -173,7 +175,7 @@ def predict(
     for attempt, (batch, stitch) in enumerate(settings):
         windows = _Windows(model, task, sentences, flips)
         try:
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" if half is None else half):
                 logits = sliding_window_inference(
                     given[None],
                     task.patch,
