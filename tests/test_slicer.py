@@ -23,6 +23,8 @@ from lib.phantom import write_studies
 from lib.tasks import list_tasks, load_task
 from lib.trainers import BiPVLTrain
 from lib.web import choices
+from lib.web.accounts import User
+from lib.web.downloads import SECONDS, Downloads
 from server import ELSEWHERE, Server, add_case
 from slicer import Slicer, loop, shown, widget_of
 from test_training import SMALL
@@ -196,6 +198,18 @@ def test_next_sample_downloads_once_without_the_login(server, studies, slicer):
     assert server.call("GET", f"{asked}&image=phantom_000", elsewhere=True).status_code == 401
     assert server.call("GET", f"/datastore/image/info?image={case}", elsewhere=True).status_code == 401
     assert server.call("GET", asked, elsewhere=True).status_code == 200
+
+
+def test_a_download_without_login_is_for_one_image_one_address_and_a_while():
+    now = [0.0]
+    downloads = Downloads(lambda: now[0])
+    downloads.allow("10.0.0.1", "a", User("ada", "admin"))
+    assert downloads.take("10.0.0.2", "a") is downloads.take("10.0.0.1", "b") is None
+    assert downloads.take("10.0.0.1", "a") == User("ada", "viewer"), "who may only look"
+    assert downloads.take("10.0.0.1", "a") is None
+    downloads.allow("10.0.0.1", "a", User("ada", "admin"))
+    now[0] = SECONDS + 1
+    assert downloads.take("10.0.0.1", "a") is None
 
 
 def test_another_image_of_the_same_name_in_the_cache(studies, slicer):
