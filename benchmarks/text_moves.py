@@ -61,7 +61,7 @@ def phantom_command(seeds: int = 3, steps: int = 100, cases: int = 16) -> None:
                 found = moves(task, patches(model, image), label[:, 0].long())
                 runs.append({"head": head, "wording": wording, "seed": seed, **found})
                 print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
-    save("text-moves-phantom", {"steps": steps, "cases": cases, "runs": runs})
+                save("text-moves-phantom", {"steps": steps, "cases": cases, "runs": runs})
 
 
 @app.command("scans")
@@ -83,7 +83,7 @@ def scans_command(
         found = moves(task, scans(model.eval(), [v["image"] for v in volumes]), labels)
         runs.append({"head": task.model.head, "checkpoint": file.stem, **found})
         print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
-    save("text-moves-scans", {"task": task.name, "patients": len(firsts), "runs": runs})
+        save("text-moves-scans", {"task": task.name, "patients": len(firsts), "runs": runs})
 
 
 @app.command("tables")
