@@ -19,6 +19,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT / "apps" / "bipvl"))
+# Threads that wait must not count as work: CPU time is reported beside wall time, because it hardly depends on what
+# else the machine does. Read when torch is imported; measuring processes inherit it.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import torch  # noqa: E402  lib is on the path only now
 from monai.networks.nets import SwinUNETR  # noqa: E402
@@ -27,10 +30,6 @@ from transformers import BertConfig  # noqa: E402
 
 from lib.nets import BiPVLSeg, TextAssets, build_model  # noqa: E402
 from lib.tasks import Task, load_task  # noqa: E402
-
-# Threads that wait must not count as work: CPU time is reported beside wall time, because it hardly depends on what
-# else the machine does.
-PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def full_size(**changes: Any) -> Task:

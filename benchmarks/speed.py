@@ -25,7 +25,6 @@ from rich.console import Console
 from rich.table import Table
 
 from common import (
-    PASSIVE,
     alternate,
     compared,
     full_size,
@@ -78,7 +77,7 @@ class Worker:
 
 
 def _environment() -> dict[str, str]:
-    return {**{k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}, **PASSIVE}
+    return {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
 
 
 @app.command(hidden=True)
