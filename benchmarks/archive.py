@@ -4,7 +4,8 @@
 
 Starts Orthanc (which must be installed) with copies of one DICOM series as several patients, saves labels through the
 store that the server uses, and asks for the next sample after each. "archive" is the time between a request's first
-byte and its answer's last; "here" is the rest. Nothing of it is kept.
+byte and its answer's last; "here" is the rest; "processor" is the processor time of this process, which other programs
+on the machine do not change. Nothing of it is kept.
 """
 
 from __future__ import annotations
@@ -37,27 +38,27 @@ def main(series: Path, labels: int = 15, repeats: int = 5, task: str = "amos22-c
             copy(series, folder / str(number), number)
             archive.store(folder / str(number))
         store = store_on(archive, folder / "cache", chosen)
-        rows: dict[str, list[tuple[float, float]]] = {"save": [], "next sample": [], "both": []}
+        rows: dict[str, list[tuple[float, float, float]]] = {"save": [], "next sample": [], "both": []}
         image = store.get_unlabeled_images()[0]
         for _ in range(repeats):
             shape = nib.load(store.get_image_uri(image)).shape  # type: ignore[attr-defined]
             file = folder / "label.nii.gz"
             mask = drawn(shape, list(chosen.label_values.values())[:labels])
             nib.save(nib.Nifti1Image(mask, nib.load(store.get_image_uri(image)).affine), file)  # type: ignore[attr-defined]
-            start, before = time.perf_counter(), store.archive.seconds
+            start, before, busy = time.perf_counter(), store.archive.seconds, time.process_time()
             store.save_label(image, str(file), "final", {"user": "benchmark"})
-            middle, saved = time.perf_counter(), store.archive.seconds
+            middle, saved, half = time.perf_counter(), store.archive.seconds, time.process_time()
             image = store.get_unlabeled_images()[0]
             store.get_image_uri(image)
             store.get_image_info(image)
-            end, after = time.perf_counter(), store.archive.seconds
-            rows["save"].append((saved - before, middle - start - (saved - before)))
-            rows["next sample"].append((after - saved, end - middle - (after - saved)))
-            rows["both"].append((after - before, end - start - (after - before)))
+            end, after, done = time.perf_counter(), store.archive.seconds, time.process_time()
+            rows["save"].append((saved - before, middle - start - (saved - before), half - busy))
+            rows["next sample"].append((after - saved, end - middle - (after - saved), done - half))
+            rows["both"].append((after - before, end - start - (after - before), done - busy))
         print(f"{shape[0]}x{shape[1]}x{shape[2]} voxels, {labels} labels, {repeats} repeats; seconds, median (largest)")
         for what, times in rows.items():
-            archives, here = zip(*times, strict=True)
-            print(f"{what:<12} archive {span(archives)}   here {span(here)}")
+            archives, here, processor = zip(*times, strict=True)
+            print(f"{what:<12} archive {span(archives)}   here {span(here)}   processor {span(processor)}")
 
 
 def span(seconds: tuple[float, ...]) -> str:
