@@ -167,7 +167,9 @@ def insert(document: Path, text: str) -> None:
 
 
 def plot_few_labels(results: list[Result], path: Path) -> None:
-    """DSC over the number of training patients: a point a run, a line through the means."""
+    """DSC over the number of training patients, once there are two: a point a run, a line through the means."""
+    if len({len(r["patients"]["training"]) for r in results}) < 2:
+        return
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
     for model, colour in COLOURS.items():
         points: dict[int, list[float]] = {}
