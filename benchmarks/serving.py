@@ -121,13 +121,11 @@ def split_round(log: str, begun: datetime, done: datetime) -> dict[str, float]:
     epochs = [(at, float(m[1])) for at, text in lines if (m := re.search(r"Epoch \d+/\d+: loss.*?, ([\d.]+) s,", text))]
     validations = [at for at, text in lines if "Validation after epoch" in text]
     began_steps = epochs[0][0].timestamp() - epochs[0][1]
-    steps = sum(seconds for _, seconds in epochs)
     learned = max([at for at, _ in epochs] + validations)
     return {
         "start-up (process, imports, app, audit of labels)": (audited - begun).total_seconds(),
         "data (network, reading and preprocessing)": began_steps - audited.timestamp(),
-        "steps": steps,
-        "validation": learned.timestamp() - began_steps - steps,
+        "steps and validation": learned.timestamp() - began_steps,  # the line of an epoch comes after its validation
         "judging and publishing": (done - learned).total_seconds(),
         "total": (done - begun).total_seconds(),
         **{f"epoch {n}": seconds for n, (_, seconds) in enumerate(epochs, 1)},

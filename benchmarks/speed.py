@@ -253,10 +253,11 @@ def memory(
     batch: Batch = 1,
     patch: Patch = 96,
     checkpointing: Checkpointing = False,
+    steps: Annotated[bool, typer.Option("--training/--no-training", help="also of training")] = True,
 ) -> None:
     """Peak memory: on the CPU of the process, with and without what the imports take; on a GPU of its allocator."""
     rows: dict[str, dict[str, Any]] = {}
-    for what in ("inference", "training"):
+    for what in ("inference", "training") if steps else ("inference",):
         for network in ("stock", "ours"):
             options = {"vision": vision, "device": device, "threads": threads, "batch": batch, "patch": patch}
             options |= {"network": network, "what": what, "checkpointing": checkpointing}
