@@ -77,6 +77,7 @@ def test_layouts_of_the_public_data_sets_are_found(tmp_path: Path) -> None:
         find_cases(tmp_path / "mmwhs" / "nothing")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", VISION_ONLY)
 def test_networks_without_text_learn_in_the_same_loop(model: str) -> None:
     torch.manual_seed(0)
