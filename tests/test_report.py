@@ -57,7 +57,11 @@ def case(task, name, found, truth, weight=None):
     count, concepts = len(task.classes), len(task.text_rows()[0])
     weights = torch.full((count, concepts), 1 / concepts) if weight is None else weight
     similarity = torch.eye(count) * 0.5
-    data = {"id": name, "image": torch.full((1, *found.shape[1:]), 0.2), "annotated": torch.ones(count, dtype=torch.bool)}
+    data = {
+        "id": name,
+        "image": torch.full((1, *found.shape[1:]), 0.2),
+        "annotated": torch.ones(count, dtype=torch.bool),
+    }
     return data, Prediction(channels, weights, similarity, 1, 0), channels[1:], one_hot(truth, task.out_channels)[1:]
 
 
@@ -334,7 +338,7 @@ def test_reports_in_a_browser(studies, tmp_path):  # noqa: F811
             assert page.evaluate("document.documentElement.scrollWidth") == 390
             assert page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 50)")
             assert page.evaluate("getComputedStyle(document.querySelector('.bar')).width") == "46px", "styles count"
-            page.click("text=1 >> css=a")
+            page.click("#versions a")
             assert page.title() == "Training round: quickstart, version 1"
             assert said == []
             assert {url for url in asked if not url.startswith("data:")} <= {
