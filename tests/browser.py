@@ -99,6 +99,19 @@ class Visit:
         clip |= {"width": box["width"] / 2, "height": box["height"] / 2}
         return np.asarray(Image.open(io.BytesIO(self.page.screenshot(clip=clip))).convert("RGB"), float)
 
+    def stroke(self, name: str, radius: int = 12, below: int = 0) -> None:
+        """Choose a segment and draw with the brush across the first viewport, this far below its middle."""
+        self.page.locator('[data-cy="data-row"]').filter(has_text=name).click()
+        self.page.locator('[data-cy="Brush"]').click()
+        self.page.get_by_role("slider").first.wait_for()
+        box = self.page.locator("canvas.cornerstone-canvas").first.bounding_box()
+        assert box
+        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2 + below
+        self.page.mouse.move(x - 3 * radius, y)
+        self.page.mouse.down()
+        self.page.mouse.move(x + 3 * radius, y, steps=6)
+        self.page.mouse.up()
+
     def open_study(self, patient: str, mode: str) -> None:
         """From the study list into a mode of the viewer, until its viewports show pictures."""
         self.page.goto(f"{self.address}/ohif/")

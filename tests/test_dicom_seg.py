@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -343,9 +344,25 @@ def test_time_of_a_seg(tags: dict[str, str], expected: str) -> None:
 def test_time_zones_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """12:30 at +02:00 was before 11:00 at +00:00, wherever this machine is."""
     early, late = Dataset(), Dataset()
-    for ds, time, zone in ((early, "123000", "+0200"), (late, "110000", "+0000")):
-        ds.ContentDate, ds.ContentTime, ds.TimezoneOffsetFromUTC = "20260131", time, zone
+    for ds, clock, zone in ((early, "123000", "+0200"), (late, "110000", "+0000")):
+        ds.ContentDate, ds.ContentTime, ds.TimezoneOffsetFromUTC = "20260131", clock, zone
     assert created(early) < created(late)
+
+
+def test_ohif_writes_utc_and_does_not_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    ds = Dataset()
+    ds.Manufacturer = ds.ManufacturerModelName = "Unspecified"
+    ds.SoftwareVersions, ds.DeviceSerialNumber = "0", "1"
+    ds.ContentDate, ds.ContentTime = "20260131", "200000"
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        assert created(ds) == "2026-02-01T05:00:00"
+        ds.Manufacturer = "another program"
+        assert created(ds) == "2026-01-31T20:00:00"
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def test_equal_times_are_ordered_all_the_same(seg: Dataset) -> None:

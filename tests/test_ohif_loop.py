@@ -112,21 +112,6 @@ def wait_for(visit: Visit, selector: str, text: str, seconds: int = WAIT // 1000
     return part.inner_text()
 
 
-def stroke(visit: Visit, name: str, radius: int = 12) -> None:
-    """Choose a segment and draw over the middle of the first viewport with the brush."""
-    page = visit.page
-    page.locator('[data-cy="data-row"]').filter(has_text=name).click()
-    page.locator('[data-cy="Brush"]').click()
-    page.get_by_role("slider").first.wait_for()
-    box = page.locator("canvas.cornerstone-canvas").first.bounding_box()
-    assert box
-    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    page.mouse.move(x - 3 * radius, y)
-    page.mouse.down()
-    page.mouse.move(x + 3 * radius, y, steps=6)
-    page.mouse.up()
-
-
 def colours(visit: Visit) -> dict[str, float]:
     """The share of each label's colour among the coloured pixels, where masks hide the image and have no outlines.
 
@@ -229,7 +214,7 @@ def test_annotators_loop(site: Site, visit: Visit) -> None:
     assert max(shares, key=lambda n: shares[n]) in sorted(in_mask, key=lambda n: in_mask[n])[-2:], (shares, in_mask)
 
     # A correction is not submitted yet; who leaves is asked.
-    stroke(visit, "aorta")
+    visit.stroke("aorta")
     wait_for(visit, ".drawn", "Your drawing is not submitted")
     corrected = drawing(visit)
     assert corrected.counts()["aorta"] > proposed.counts().get("aorta", 0)
@@ -265,7 +250,7 @@ def test_annotators_loop(site: Site, visit: Visit) -> None:
     visit.wait_for_pictures()
 
     # Drawn from nothing, in a tab that is closed too early: the drawing is offered again.
-    stroke(visit, "liver")
+    visit.stroke("liver")
     wait_for(visit, ".drawn", "Your drawing is not submitted")
     by_hand = drawing(visit)
     page.wait_for_timeout(2000)  # until it is kept

@@ -177,8 +177,9 @@ def description(ds: Dataset) -> Segmentation:
 def created(ds: Dataset) -> str:
     """When a SEG was made, as ISO text in this machine's time zone: by its content, else its instance, else its series.
 
-    Times without a zone, which most programs write, are taken as this machine's.
+    Times without a zone, which most programs write, are taken as this machine's; OHIF writes UTC and does not say so.
     """
+    zone = str(ds.get("TimezoneOffsetFromUTC") or "") or ("+0000" if _is_ohif(ds) else "")
     for what in ("Content", "InstanceCreation", "Series"):
         date, time_of_day = str(ds.get(f"{what}Date") or ""), str(ds.get(f"{what}Time") or "")
         whole, _, part = time_of_day.replace(":", "").strip().partition(".")  # HHMMSS.FFFFFF, or less from the right
@@ -187,8 +188,16 @@ def created(ds: Dataset) -> str:
             when = datetime.strptime(text[:21], "%Y%m%d%H%M%S.%f")
         except ValueError:
             continue
-        return _local(when, str(ds.get("TimezoneOffsetFromUTC") or "")).isoformat()
+        return _local(when, zone).isoformat()
     return EPOCH
+
+
+def _is_ohif(ds: Dataset) -> bool:
+    """Whether dcmjs wrote it, OHIF's library, which names no maker: its values where a program gives none."""
+    said = (
+        ds.get(name) for name in ("Manufacturer", "ManufacturerModelName", "SoftwareVersions", "DeviceSerialNumber")
+    )
+    return tuple(str(value) for value in said) == ("Unspecified", "Unspecified", "0", "1")
 
 
 def _local(when: datetime, offset: str) -> datetime:

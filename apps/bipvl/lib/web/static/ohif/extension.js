@@ -31,8 +31,21 @@ const element = (type, props, ref = null) => (
 /** Our part is plain DOM that outlives the panel: closing and opening it keeps what it shows. */
 const attach = node => node?.append(view.root)
 
+/**
+ * Let the stock menu's "Export DICOM SEG" store. Two commands have its name, and it runs the one that needs to be given
+ * an archive, without one. The other gives that one the archive, and tells whether it was stored.
+ */
+function mendExport(commandsManager) {
+  const store = commandsManager.getCommand('storeSegmentation', 'SEGMENTATION')
+  if (!store || store.mended) return
+  const commandFn = options =>
+    options.dataSource ? store.commandFn(options) : commandsManager.runCommand('storeSegmentation', options, 'CORNERSTONE')
+  commandsManager.registerCommand('SEGMENTATION', 'storeSegmentation', { commandFn, mended: true })
+}
+
 const extension = {
   id: 'bipvl-label',
+  onModeEnter: ({ commandsManager }) => mendExport(commandsManager),
   getPanelModule: ({ extensionManager }) => {
     const Panel = () => element('div', {
       style: { height: '100%', overflowY: 'auto' },
