@@ -63,6 +63,8 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pret
 DataOption = Annotated[Path, typer.Option("--data", help="folder of the data set")]
 WorkOption = Annotated[Path, typer.Option(help="preprocessed volumes, checkpoints, claims")]
 ResultsOption = Annotated[Path, typer.Option(help="one JSON a run")]
+TextOption = Annotated[bool, typer.Option(help="score with other text, too")]
+PrecisionOption = Annotated[str, typer.Option(help="bf16 or float32; training only")]
 TaskOption = Annotated[str, typer.Option("--task", help="name of a shipped task")]
 
 
@@ -80,8 +82,8 @@ def run_command(
     iterations: int | None = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value of the task")] = None,
     on: Annotated[str, typer.Option(help="test, or validation while settings are being chosen")] = "test",
-    text: Annotated[bool, typer.Option(help="score with other text, too")] = True,
-    precision: Annotated[str, typer.Option(help="bf16 or float32; training only")] = "float32",
+    text: TextOption = True,
+    precision: PrecisionOption = "float32",
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
     workers: int = 0,
     results: ResultsOption = RESULTS,
@@ -188,8 +190,8 @@ def plan_command(
     paper_protocol: Annotated[bool, typer.Option(help="three folds of every model")] = False,
     execute_: Annotated[bool, typer.Option("--execute", help="do the runs not done; start it again to go on")] = False,
     only: Annotated[str, typer.Option(help="runs whose name contains this")] = "",
-    text: Annotated[bool, typer.Option(help="score with other text, too")] = True,
-    precision: Annotated[str, typer.Option(help="bf16 or float32; training only")] = "float32",
+    text: TextOption = True,
+    precision: PrecisionOption = "float32",
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
     workers: int = 0,
     results: ResultsOption = RESULTS,

@@ -14,7 +14,7 @@ from pydicom.errors import InvalidDicomError
 from lib.dicomimage import Volume
 from lib.dicomseg import Segments, read_seg, referenced_series
 from lib.labelfiles import StoreError
-from lib.labelnames import label_of, task_for
+from lib.labelnames import label_of, task_for, task_named, whole_numbers
 from lib.received import check_label_file
 from lib.tasks import Task
 
@@ -47,18 +47,6 @@ def by_name(found: Segments, what: str, task: Task) -> tuple[np.ndarray, list[st
         )
     values = np.array([0, *(task.label_values[label] if label else 0 for label in labels)], np.uint16)
     return values[found.index], looked_for
-
-
-def task_named(name: Any, tasks: Sequence[Task]) -> Task:
-    """A task of this server.
-
-    Raises:
-        StoreError: with the valid names.
-    """
-    found = [task for task in tasks if task.name == name]
-    if not found:
-        raise StoreError(f"unknown model {name!r}; valid are {', '.join(t.name for t in tasks)}")
-    return found[0]
 
 
 def task_of(info: Mapping[str, Any], names: Mapping[int, str] | None, mask: np.ndarray, tasks: Sequence[Task]) -> Task:
@@ -102,10 +90,7 @@ def voxels_of(file: Path, volume: Volume, image: Path, uid: str) -> np.ndarray:
         if voxels.size != np.prod(volume.shape):
             raise StoreError(f"the label has {voxels.size} bytes; its image has {np.prod(volume.shape)} voxels")
         return voxels.reshape(volume.shape, order="F")
-    found = check_label_file(file, image, uid).numpy()[0]
-    if not np.isfinite(found).all() or found.min() < 0 or found.max() > 65535 or (found != np.rint(found)).any():
-        raise StoreError("the label holds values that are no whole numbers from 0 to 65535")
-    return found.astype(np.uint16)
+    return whole_numbers(check_label_file(file, image, uid).numpy()[0])
 
 
 def uploaded_seg(file: Path, uid: str, volume: Volume) -> Segments:

@@ -26,12 +26,13 @@ from pydicom.dataset import Dataset
 from lib.cases import declared, make_case
 from lib.datastores import FINAL, LocalStore
 from lib.dicomcache import ImageCache
-from lib.dicomlabels import by_name, modalities, task_named, task_of, task_of_seg, uploaded_seg, voxels_of
+from lib.dicomimage import Volume
+from lib.dicomlabels import by_name, modalities, task_of, task_of_seg, uploaded_seg, voxels_of
 from lib.dicomlist import Listings, Segmentation, description
 from lib.dicomseg import MadeBy, read_seg, write_seg
 from lib.dicomweb import Archive, ArchiveError, SeriesEntry
 from lib.labelfiles import ConflictError, NotInStoreError, StoreError, check_tag, keep_copy
-from lib.labelnames import named_values, task_for, to_task_values
+from lib.labelnames import named_values, task_for, task_named, to_task_values
 from lib.maskfiles import write_mask
 from lib.proposals import Proposals
 from lib.received import plain
@@ -258,16 +259,18 @@ class DicomStore(LocalStore):
         """Remember the model's mask of an image: what a person leaves as it is will be saved as the model's."""
         task = task_named(model, self.tasks)
         try:
-            self._proposals.add(image_id, task, version, self._voxels(mask, image_id))
+            volume = self._cache.volume(self._entry(image_id))
+            voxels = voxels_of(mask, volume, self._cache.path(image_id), image_id)
+            self._proposals.add(image_id, task, version, voxels)
         except StoreError as error:  # the archive went down meanwhile: the mask is worth more than the note
             logger.warning("The mask of %s will count as drawn by hand: %s", image_id, error)
 
     def as_seg(self, image_id: str, model: str, version: int, mask: Path) -> Dataset:
         """The model's mask of an image as a SEG, which no archive has yet and which counts as no label."""
-        task, entry = task_named(model, self.tasks), self._entry(image_id)
+        task, volume = task_named(model, self.tasks), self._cache.volume(self._entry(image_id))
         return write_seg(
-            self._voxels(mask, image_id),
-            self._cache.volume(entry),
+            voxels_of(mask, volume, self._cache.path(image_id), image_id),
+            volume,
             task,
             tag="original",
             when=datetime.now(),
@@ -332,7 +335,7 @@ class DicomStore(LocalStore):
         looked_for = declared(info["annotated"]) if info.get("annotated") is not None else None
         entry = self._entry(uid)
         volume = self._cache.volume(entry)
-        mask, task, said = self._received(source, uid, info)
+        mask, task, said = self._received(source, uid, volume, info)
         looked_for = said if looked_for is None else looked_for
         if looked_for is not None:
             task.annotated(looked_for)
@@ -366,20 +369,19 @@ class DicomStore(LocalStore):
             logger.warning("SEG %s is in the archive; its copy here failed: %s", seg.instance, error)
         self._listings.add(seg)
 
-    def _received(self, source: Path, uid: str, info: dict[str, Any]) -> tuple[np.ndarray, Task, list[str] | None]:
+    def _received(
+        self, source: Path, uid: str, volume: Volume, info: dict[str, Any]
+    ) -> tuple[np.ndarray, Task, list[str] | None]:
         """An upload in the values of its task, and the classes that it declares."""
         if source.suffix.lower() == ".dcm":
-            found = uploaded_seg(source, uid, self._cache.volume(self._entry(uid)))
+            found = uploaded_seg(source, uid, volume)
             names: dict[int, str] | None = dict(enumerate(found.names, start=1))
             mask, said = found.index, found.declared
         else:
-            mask, said = self._voxels(source, uid), None
+            mask, said = voxels_of(source, volume, self._cache.path(uid), uid), None
             names = segment_names(source) or named_values(info.get("label_info"))
         task = task_of(info, names, mask, self.tasks)
         return to_task_values(mask, names, task), task, said
-
-    def _voxels(self, file: Path, uid: str) -> np.ndarray:
-        return voxels_of(file, self._cache.volume(self._entry(uid)), self._cache.path(uid), uid)
 
 
 def _reading(shape: Sequence[int], task: Task) -> dict[str, Any]:

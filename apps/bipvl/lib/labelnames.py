@@ -33,6 +33,29 @@ def task_for(names: Iterable[str], tasks: Sequence[Task]) -> Task | None:
     return tasks[known.index(most)] if most else None
 
 
+def task_named(name: Any, tasks: Sequence[Task]) -> Task:
+    """A task of this server.
+
+    Raises:
+        StoreError: with the valid names.
+    """
+    found = [task for task in tasks if task.name == name]
+    if not found:
+        raise StoreError(f"unknown model {name!r}; valid are {', '.join(t.name for t in tasks)}")
+    return found[0]
+
+
+def whole_numbers(voxels: np.ndarray) -> np.ndarray:
+    """The values of an uploaded label, as they were read, as uint16.
+
+    Raises:
+        StoreError: some are no whole numbers, or too small or large.
+    """
+    if not np.isfinite(voxels).all() or voxels.min() < 0 or voxels.max() > 65535 or (voxels != np.rint(voxels)).any():
+        raise StoreError("the label holds values that are no whole numbers from 0 to 65535")
+    return voxels.astype(np.uint16)
+
+
 def named_values(label_info: Any) -> dict[int, str] | None:
     """Value to name, out of `label_info` as MONAI Label's clients send it: a list of objects with `name` and the value
     as `idx`, else by position from 1. None where nothing is said.

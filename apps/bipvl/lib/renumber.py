@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 
-from lib.labelfiles import StoreError
-from lib.labelnames import label_of, named_values, task_for, to_task_values
+from lib.labelnames import label_of, named_values, task_for, task_named, to_task_values, whole_numbers
 from lib.maskfiles import write_mask
 from lib.tasks import Task
 
@@ -63,10 +62,7 @@ def renumber(source: Path, label: MetaTensor, info: Mapping[str, Any], tasks: Se
     names = segment_names(source) or named_values(info.get("label_info"))
     if not names or not tasks:
         return None
-    voxels = label.numpy()
-    whole = voxels.astype(np.int64)
-    if (whole != voxels).any() or whole.min(initial=0) < 0 or whole.max(initial=0) > np.iinfo(np.uint16).max:
-        raise StoreError("the label holds values that are no whole numbers from 0 to 65535")
+    whole = whole_numbers(label.numpy())
     shown = [int(value) for value in np.flatnonzero(np.bincount(whole.ravel())) if value]
     task = _task(info.get("model"), [names[value] for value in shown if value in names], tasks)
     changed = to_task_values(whole, names, task)
@@ -91,8 +87,5 @@ def segment_names(source: Path) -> dict[int, str]:
 
 def _task(model: Any, names: Sequence[str], tasks: Sequence[Task]) -> Task:
     if model:
-        chosen = [task for task in tasks if task.name == model]
-        if not chosen:
-            raise StoreError(f"unknown model {model!r}; valid are {', '.join(task.name for task in tasks)}")
-        return chosen[0]
+        return task_named(model, tasks)
     return task_for(names, tasks) or tasks[0]  # which then says what it does not know
