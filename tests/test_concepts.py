@@ -6,7 +6,7 @@ import pytest
 from pydicom.sr._concepts_dict import concepts as dicom_concepts
 
 from lib.concept_check import DIAGNOSTIC_WORDS, FUNCTIONAL_WORDS, check, estimate_tokens
-from lib.tasks import ATTRIBUTES, ClassText, Concepts, Review, Task, list_tasks, load_task
+from lib.tasks import ATTRIBUTES, ClassText, Concepts, Review, Task, TaskError, list_tasks, load_task
 
 SHIPPED = list_tasks()
 # Codes that pydicom's dictionary (the SNOMED CT subset that DICOM uses) does not have; each needs a comment here.
@@ -132,6 +132,35 @@ def test_each_class_has_every_attribute(task):
     assert [p[:2] for p in found(changed(task, "liver", shape="  "))] == [("liver", "shape")]
 
 
+@pytest.mark.parametrize(
+    ("sentence", "found_"),
+    [
+        ("A <script>alert(1)</script> wedge.", "'<'"),
+        ("Brighter than fat &lt;", "'&lt;'"),
+        ("A {{ wedge }}.", "'{'"),
+        ("A `wedge`.", "'`'"),
+        ("One line\nand another.", "the character U+000A"),
+        ("Turned \u202e round.", "the character U+202E"),
+    ],
+)
+def test_sentences_are_plain_text(task, sentence, found_):
+    problems = [p for p in check(changed(task, "liver", shape=sentence)) if p.fatal]
+    assert [(p.attribute, p.message) for p in problems] == [("shape", f"sentences are plain text; found {found_}")]
+    with pytest.raises(TaskError, match="liver.shape: sentences are plain text"):
+        task.with_concepts({"liver": {"shape": sentence}})
+
+
+def test_signs_of_plain_text_are_none(task):
+    plain = "About 5 % – 10 % brighter (fat & air: −100 HU), “smooth”; size 3×4 cm / 2 in."
+    assert not [p for p in check(changed(task, "liver", shape=plain)) if p.fatal]
+
+
+def test_an_overlong_sentence(task):
+    assert found(changed(task, "liver", shape="a" * 400), count_tokens=lambda text: 9) == []
+    (problem,) = check(changed(task, "liver", shape="a" * 401), count_tokens=lambda text: 9)
+    assert problem.fatal and "401 characters; a sentence has at most 400" in problem.message
+
+
 def test_no_other_attribute(task):
     problems = found(changed(task, "liver", size="A large organ that fills the upper abdomen."))
     assert [p[:2] for p in problems] == [("liver", "size")]
@@ -184,7 +213,7 @@ def test_a_sentence_within_the_limit_of_the_tokenizer(task):
 
     longest = max(count(row[0]) for row in task.concepts.rows(task.classes, "definition"))
     assert found(task, count_tokens=count, max_tokens=longest) == []
-    problems = found(changed(task, "liver", shape="wide " * (longest - 1)), count_tokens=count, max_tokens=longest)
+    problems = found(changed(task, "liver", shape="w " * (longest - 1)), count_tokens=count, max_tokens=longest)
     assert [p[:2] for p in problems] == [("liver", "shape"), ("liver", "definition")]
     assert f"{longest + 1} tokens; the limit is {longest}" in problems[0][2]
 

@@ -14,11 +14,9 @@ from rich.logging import RichHandler
 from rich.progress import track
 from rich.table import Table
 
-from lib import metrics
+from lib import concept_cli, metrics
 from lib.cases import Case, read_datalist
-from lib.concept_check import Problem, check
 from lib.infers import BiPVLInfer
-from lib.nets.text import build_text
 from lib.phantom import write_studies
 from lib.picture import picture as draw_picture
 from lib.report import Examined, evaluation_report, write_report
@@ -31,6 +29,7 @@ from lib.versions import Versions
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 versions_app = typer.Typer(help="List published versions, look at one, serve another.", no_args_is_help=True)
 app.add_typer(versions_app, name="versions")
+app.add_typer(concept_cli.app, name="concepts")
 console = Console()
 DEFAULT_MODELS = Path(__file__).resolve().parents[1] / "model"
 
@@ -158,22 +157,6 @@ def evaluate(
     console.print(f"Written: {out / 'metrics.csv'}, {out / 'metrics.json'}, {out / 'report.html'}")
 
 
-@app.command()
-def concepts(
-    task: Annotated[str | None, typer.Argument(help="task name or file; default: all shipped")] = None,
-) -> None:
-    """Check the sentences of a task."""
-    problems = 0
-    for name in [task] if task else list_tasks():
-        found = _check(load_task(name))
-        problems += len(found)
-        console.print(f"{name}: {'ok' if not found else f'{len(found)} problem(s)'}")
-        for problem in found:
-            console.print(f"  {problem}", highlight=False)
-    if problems:
-        raise typer.Exit(1)
-
-
 @versions_app.command("list")
 def list_versions(task: TaskOption, model_dir: ModelDirOption = DEFAULT_MODELS, set_: SetOption = None) -> None:
     """List the versions of a task."""
@@ -291,14 +274,6 @@ def _number(store: Versions, wanted: str) -> int:
     if number is None:
         raise ValueError(f"{store.folder}: no version is published yet")
     return number
-
-
-def _check(task: Task) -> list[Problem]:
-    """Count tokens with the task's own tokenizer where it needs no hub; the estimate stands in for the others."""
-    if task.model.text != "scratch":
-        return check(task)
-    tokenizer = build_text(task).tokenizer
-    return check(task, lambda text: len(tokenizer.encode(text).ids), task.model.scratch.max_tokens)
 
 
 def _task(name: str, changes: list[str] | None) -> Task:

@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from lib.tasks import ATTRIBUTES, ClassText, Task
+from lib.wording import markup
+
+MAX_CHARACTERS = 400  # of a sentence; those that ship have at most 135
 
 
 def _words(text: str) -> list[str]:
@@ -46,6 +49,7 @@ DIAGNOSTIC_WORDS = tuple(
     """)
 )
 
+STATUSES = ("draft", "unreviewed", "reviewed")
 _SIDES = {"left": "right", "right": "left"}
 _SIDED_ATTRIBUTES = ("class", "location")
 _SPECIAL_TOKENS = 2  # [CLS] and [SEP]
@@ -53,12 +57,14 @@ _SPECIAL_TOKENS = 2  # [CLS] and [SEP]
 
 @dataclass(frozen=True)
 class Problem:
-    """One broken rule. `class_name`, `attribute` and `sentence` are empty where the rule concerns the whole file."""
+    """One broken rule. `class_name`, `attribute` and `sentence` are empty where the rule concerns the whole file;
+    `fatal`: with it the text cannot be used, while the others are advice on wording."""
 
     class_name: str
     attribute: str
     sentence: str
     message: str
+    fatal: bool = False
 
     def __str__(self) -> str:
         where = ".".join(part for part in (self.class_name, self.attribute) if part) or "concepts"
@@ -80,6 +86,7 @@ def check(task: Task, count_tokens: Callable[[str], int] | None = None, max_toke
     return [
         *_review(task),
         *_attributes(task),
+        *_markup(task),
         *_wording(task),
         *_length(task, count, max_tokens),
         *_class_sentence(task),
@@ -119,8 +126,8 @@ def _contains(sentence: str, phrase: str) -> bool:
 
 def _review(task: Task) -> Iterator[Problem]:
     review = task.concepts.review
-    if review.status not in ("unreviewed", "reviewed"):
-        yield Problem("", "review", "", f"status {review.status!r}; valid are unreviewed, reviewed")
+    if review.status not in STATUSES:
+        yield Problem("", "review", "", f"status {review.status!r}; valid are {', '.join(STATUSES)}")
     elif review.status == "reviewed" and not (review.by and review.date):
         yield Problem("", "review", "", "status 'reviewed' needs by and date")
 
@@ -129,10 +136,16 @@ def _attributes(task: Task) -> Iterator[Problem]:
     for name, text in _texts(task):
         for attribute in ATTRIBUTES:
             if not text.sentences.get(attribute, "").strip():
-                yield Problem(name, attribute, "", f"no sentence; every class has {', '.join(ATTRIBUTES)}")
+                yield Problem(name, attribute, "", f"no sentence; every class has {', '.join(ATTRIBUTES)}", True)
         for attribute in text.sentences:
             if attribute not in ATTRIBUTES:
-                yield Problem(name, attribute, "", f"unknown attribute; valid are {', '.join(ATTRIBUTES)}")
+                yield Problem(name, attribute, "", f"unknown attribute; valid are {', '.join(ATTRIBUTES)}", True)
+
+
+def _markup(task: Task) -> Iterator[Problem]:
+    for name, attribute, sentence in _sentences(task):
+        if found := markup(sentence):
+            yield Problem(name, attribute, sentence, f"sentences are plain text; found {found}", True)
 
 
 def _wording(task: Task) -> Iterator[Problem]:
@@ -147,10 +160,15 @@ def _wording(task: Task) -> Iterator[Problem]:
 
 def _length(task: Task, count: Callable[[str], int], max_tokens: int) -> Iterator[Problem]:
     definitions = ((name, "definition", " ".join(text.sentences.values())) for name, text in _texts(task))
+    for name, attribute, sentence in _sentences(task):
+        if len(sentence) > MAX_CHARACTERS:
+            yield Problem(
+                name, attribute, "", f"{len(sentence)} characters; a sentence has at most {MAX_CHARACTERS}", True
+            )
     for name, attribute, sentence in (*_sentences(task), *definitions):
         tokens = count(sentence)
         if tokens > max_tokens:
-            yield Problem(name, attribute, sentence, f"{tokens} tokens; the limit is {max_tokens}")
+            yield Problem(name, attribute, sentence, f"{tokens} tokens; the limit is {max_tokens}", True)
 
 
 def _class_sentence(task: Task) -> Iterator[Problem]:

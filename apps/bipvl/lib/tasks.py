@@ -21,6 +21,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from lib.wording import markup
+
 ROOT = Path(__file__).resolve().parents[3]
 TASKS_DIR = ROOT / "sample-apps-config"
 CONCEPTS_DIR = ROOT / "concepts"
@@ -167,9 +169,10 @@ class Augmentation(_Model):
 
 
 class Review(_Model):
-    """Who has checked the sentences. `unreviewed` until a clinician signs."""
+    """Who has checked the sentences: `draft` is what a language model wrote and nobody has read, `unreviewed` what
+    people wrote, `reviewed` what a clinician has signed."""
 
-    status: Literal["unreviewed", "reviewed"]
+    status: Literal["draft", "unreviewed", "reviewed"]
     by: str | None = None
     date: str | None = None
 
@@ -361,7 +364,7 @@ class Task(_Model):
         """This task with other sentences for some classes (class → attribute → sentence).
 
         Raises:
-            TaskError: unknown class or attribute, or an empty sentence.
+            TaskError: unknown class or attribute, an empty sentence, or markup in one.
         """
         if not isinstance(override, dict):
             raise TaskError(f"concepts: expected class → attribute → sentence, got {type(override).__name__}")
@@ -378,6 +381,8 @@ class Task(_Model):
                     )
                 if not isinstance(sentence, str) or not sentence.strip():
                     raise TaskError(f"concepts.{name}.{attribute}: expected a sentence, got {sentence!r}")
+                if found := markup(sentence):
+                    raise TaskError(f"concepts.{name}.{attribute}: sentences are plain text; found {found}")
             text = classes[name]
             classes[name] = text.model_copy(update={"sentences": {**text.sentences, **sentences}})
         return self.model_copy(update={"concepts": self.concepts.model_copy(update={"classes": classes})})
@@ -438,6 +443,17 @@ def load_task(name: str | Path, overrides: dict[str, Any] | None = None) -> Task
     Raises:
         TaskError: unknown task, unreadable file, unknown key, wrong value, a class without concepts.
     """
+    path, data = task_data(name, overrides)
+    if isinstance(data.setdefault("concepts", f"{data.get('name', path.stem)}.yaml"), str):
+        file = concepts_file(path, data)
+        if not file.is_file():
+            raise TaskError(f"{path}: concepts: no file {file}, nor one of that name in {CONCEPTS_DIR}")
+        data["concepts"] = load_concepts(file).model_dump(mode="json")
+    return task_from_dict(data, str(path))
+
+
+def task_data(name: str | Path, overrides: dict[str, Any] | None = None) -> tuple[Path, dict[str, Any]]:
+    """A task's file and what it says, unchecked; arguments and errors as `load_task`."""
     text = str(name)
     path = Path(text) if text.endswith((".yaml", ".yml")) else TASKS_DIR / f"{text}.yaml"
     if not path.is_file():
@@ -447,19 +463,28 @@ def load_task(name: str | Path, overrides: dict[str, Any] | None = None) -> Task
     data = _read_yaml(path)
     for key, value in (overrides or {}).items():
         _override(data, key, value, path)
+    return path, data
 
-    concepts_name = data.get("concepts", f"{data.get('name', path.stem)}.yaml")
-    if isinstance(concepts_name, str):
-        candidates = [path.parent / concepts_name, CONCEPTS_DIR / concepts_name]
-        concepts_path = next((c for c in candidates if c.is_file() and c.resolve() != path.resolve()), None)
-        if concepts_path is None:
-            raise TaskError(f"{path}: concepts: no file {' or '.join(str(c) for c in candidates)}")
-        try:
-            concepts = Concepts.model_validate(_read_yaml(concepts_path))
-        except ValidationError as error:
-            raise TaskError(_explain(error, Concepts, str(concepts_path))) from None
-        data["concepts"] = concepts.model_dump(mode="json")
-    return task_from_dict(data, str(path))
+
+def concepts_file(path: Path, data: dict[str, Any]) -> Path:
+    """Where the sentences of a task file are: `data["concepts"]` beside it, or in `concepts/`. Where neither is a file,
+    the place for it."""
+    beside, shipped = path.parent / data["concepts"], CONCEPTS_DIR / data["concepts"]
+    candidates = [c for c in (beside, shipped) if c.resolve() != path.resolve()]
+    own = candidates[0] if path.parent != TASKS_DIR else shipped
+    return next((c for c in candidates if c.is_file()), own)
+
+
+def load_concepts(path: Path) -> Concepts:
+    """Read a concepts file.
+
+    Raises:
+        TaskError: not readable, an unknown key or a wrong value.
+    """
+    try:
+        return Concepts.model_validate(_read_yaml(path))
+    except ValidationError as error:
+        raise TaskError(_explain(error, Concepts, str(path))) from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -1,11 +1,15 @@
-"""Words of sentences exchanged for their opposites: in training (mirrored patients), and to see what the text moves."""
+"""Words of sentences exchanged for their opposites: in training (mirrored patients), and to see what the text moves.
+And what makes a sentence more than plain text."""
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 
 MIRROR = ("left", "right")
+_MARKUP = re.compile(r"[<>{}\\`]|&#?\w+;")
+_UNPRINTED = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}  # control, format (text direction), surrogate, private, separators
 
 
 def exchanged(sentence: str, first: str, second: str) -> str:
@@ -26,3 +30,18 @@ def exchanged(sentence: str, first: str, second: str) -> str:
 def exchanged_rows(rows: Sequence[Sequence[str]], first: str, second: str) -> list[list[str]]:
     """`exchanged` for C lists of K sentences."""
     return [[exchanged(sentence, first, second) for sentence in sentences] for sentences in rows]
+
+
+def markup(sentence: str) -> str | None:
+    """The first thing in a sentence that is not plain text; None where there is none.
+
+    Sentences are shown on pages and terminals, which escape them. Refusing markup keeps them harmless wherever else
+    they are shown, and the network would read it as words.
+
+    >>> markup("Darker than fat & brighter than air, below 5 mm.")
+    >>> markup("Bright <b>rim</b>")
+    "'<'"
+    """
+    if found := _MARKUP.search(sentence):
+        return repr(found[0])
+    return next((f"the character U+{ord(c):04X}" for c in sentence if unicodedata.category(c) in _UNPRINTED), None)
