@@ -28,12 +28,14 @@ from lib.losses import segmentation_loss
 from lib.metrics import METRICS, Row, evaluate_volumes, summary
 from lib.nets import BiPVLSeg, build_model
 from lib.nets.bipvl import Output
+from lib.nets.heads import FixedHead
 from lib.nets.text import Sentences
 from lib.nets.vision import build_vision
 from lib.segment import predict
 from lib.tasks import Task
 from lib.trainers.bipvl import LOG_SIGMA_FLOOR
 from lib.trainers.objective import TrainingNetwork
+from lib.trainers.recipe import build_schedule, clip_gradients
 from lib.transforms import restore
 from lib.volumes import align_label, read_volume
 
@@ -62,7 +64,7 @@ class VisionOnly(nn.Module):
         else:
             own = {"heads": spec.swin_heads} if name.startswith("swin") else {}
             backbone = build_vision(name, channels, task.patch, spec.feature_size, spec.checkpointing, **own)
-            self.net = nn.Sequential(backbone, nn.Conv3d(backbone.feature_width, task.out_channels, 1))
+            self.net = nn.Sequential(backbone, FixedHead(backbone.feature_width, task.out_channels))
 
     def forward(self, image: Tensor, sentences: Sentences | None = None) -> Output:
         logits = self.net(image)
@@ -129,7 +131,7 @@ def train(
     """
     optimizer = optimizer_of(network, task)
     steps = len(patches)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, task.training.min_learning_rate)
+    schedule = build_schedule(optimizer, steps, task.training)
     curves: dict[str, list] = {}
     window: list[dict[str, float]] = []
     every = max(1, steps // POINTS)
@@ -141,7 +143,7 @@ def train(
         if not torch.isfinite(parts["loss"]):
             raise ValueError(f"the loss became {parts['loss'].item()} at step {step}; lower training.learning_rate")
         parts["loss"].backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        clip_gradients(optimizer)
         optimizer.step()
         schedule.step()
         if isinstance(network, TrainingNetwork):

@@ -13,6 +13,7 @@ from lib.nets import BiPVLSeg, build_model
 from lib.tasks import Task, task_from_dict
 from lib.trainers.bipvl import LOG_SIGMA_FLOOR
 from lib.trainers.objective import TrainingNetwork
+from lib.trainers.recipe import build_schedule, clip_gradients
 
 SIZE = (48, 32, 32)
 SIDES = ("left", "right")
@@ -94,12 +95,12 @@ def train(task: Task, steps: int, seed: int) -> BiPVLSeg:
     network = TrainingNetwork(build_model(task), task).train()
     recipe, generator = task.training, torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(network.parameter_groups(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, recipe.min_learning_rate)
+    schedule = build_schedule(optimizer, steps, recipe)
     for _ in range(steps):
         loss = network(*draw(2, generator))["loss"]
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        clip_gradients(optimizer)
         optimizer.step()
         schedule.step()
         with torch.no_grad():

@@ -38,6 +38,7 @@ from common import (
 from lib.allocator import keep_freed_memory
 from lib.losses import segmentation_loss
 from lib.trainers.objective import TrainingNetwork
+from lib.trainers.recipe import clip_gradients
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 Vision = Annotated[str, typer.Option(help="swin_unetr (V1) or swin_unetr_v2")]
@@ -197,7 +198,8 @@ class Step:
             TrainingNetwork(our_network(task), task) if self.ours else stock_network(task)
         ).to(device)
         self.network.train()
-        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-4, weight_decay=1e-5)
+        groups = self.network.parameter_groups() if isinstance(self.network, TrainingNetwork) else None
+        self.optimizer = torch.optim.AdamW(groups or self.network.parameters(), lr=1e-4, weight_decay=1e-5)
         self.image = torch.rand(batch, 1, *task.patch, device=device)
         self.label = torch.randint(0, task.out_channels, (batch, 1, *task.patch), device=device)
 
@@ -210,7 +212,7 @@ class Step:
             else:
                 loss = segmentation_loss(self.network(self.image), self.label)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        clip_gradients(self.optimizer)
         self.optimizer.step()
 
 

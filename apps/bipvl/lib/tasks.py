@@ -140,6 +140,7 @@ class Training(_Model):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     language_learning_rate: Annotated[float, Field(gt=0)] = 1e-4  # of text encoder, fusion, alignment
     min_learning_rate: Annotated[float, Field(ge=0)] = 1e-7
+    warm_up: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of a round over which the rates rise
     weight_decay: Annotated[float, Field(ge=0)] = 1e-5
     hard_negatives: Annotated[int, Field(ge=1)] = 3
     temperature: Annotated[float, Field(gt=0)] = 0.2

@@ -31,6 +31,7 @@ from lib.trainers import rounds
 from lib.trainers.evaluation import masks, score_cases
 from lib.trainers.judging import checkpoint_of, publish
 from lib.trainers.objective import TrainingNetwork, unwrapped
+from lib.trainers.recipe import build_schedule, clip_gradients
 from lib.trainers.rounds import Fold, Round
 from lib.trainers.tracking import Tracker
 from lib.transforms import augment, load
@@ -259,10 +260,8 @@ class BiPVLTrain(BasicTrainTask):
 
     def _create_trainer(self, context: Context) -> SupervisedTrainer:
         loader = self.train_data_loader(context)
-        # One run is one half-cosine: stepped every iteration, over all iterations of the run.
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
-            context.optimizer, context.max_epochs * len(loader), self.task.training.min_learning_rate
-        )
+        # Stepped every iteration, over all iterations of the run.
+        schedule = build_schedule(context.optimizer, context.max_epochs * len(loader), self.task.training)
         context.schedule = schedule
         handlers: list[Any] = [LrScheduleHandler(schedule, print_lr=False, epoch_level=False)]  # type: ignore[arg-type]
         if context.evaluator:
@@ -296,7 +295,7 @@ class BiPVLTrain(BasicTrainTask):
                 f"the loss became {parts['loss'].item()} in epoch {engine.state.epoch}; lower learning_rate"
             )
         parts["loss"].backward()
-        torch.nn.utils.clip_grad_norm_(engine.network.parameters(), 1.0)
+        clip_gradients(engine.optimizer)
         engine.optimizer.step()
         with torch.no_grad():
             unwrapped(engine.network).uncertainty.log_sigma.clamp_(min=LOG_SIGMA_FLOOR)

@@ -1,0 +1,42 @@
+"""How a round steps: a warm-up and one half-cosine, and gradients that are clipped part by part."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from lib.tasks import Training
+
+CLIP = 1.0  # largest norm of the gradient of one parameter group
+
+
+def build_schedule(optimizer: Optimizer, steps: int, recipe: Training) -> LambdaLR:
+    """Rates over `steps` optimiser steps, to be stepped after each: a linear rise over the first `warm_up` share of
+    them, then one half-cosine down to `min_learning_rate`.
+
+    The paper has the half-cosine alone. The first gradients are twenty times the later ones, and Adam at its full rate
+    lets them drive the deep stages of a network from scratch into one constant vector (docs/decisions.md).
+    """
+    warm, least = round(steps * recipe.warm_up), recipe.min_learning_rate
+    return LambdaLR(optimizer, [partial(_share, steps, warm, least / g["lr"]) for g in optimizer.param_groups])
+
+
+def _share(steps: int, warm: int, least: float, step: int) -> float:
+    """What of the full rate step number `step` has, counted from 0."""
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    progress = min(1.0, (step - warm) / (steps - warm))
+    return least + (1 - least) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def clip_gradients(optimizer: Optimizer) -> list[float]:
+    """Clip each parameter group to a norm of `CLIP`; returns the norms before.
+
+    Not all of them together: a loss that jumps (the class embedding follows a decoder that has just begun) would scale
+    down the gradients of parts that it says nothing about, and Adam keeps that for a thousand steps.
+    """
+    return [float(torch.nn.utils.clip_grad_norm_(group["params"], CLIP)) for group in optimizer.param_groups]
