@@ -128,10 +128,10 @@ class Revisions:
                     f"revision {newest} was saved in the meantime, and yours is made from revision {base}; nothing was "
                     "changed. Load the newest, and edit that"
                 )
-            if newest and self.read(newest).concepts == text.concepts:
-                raise TaskError(f"nothing to save: the text is that of revision {newest}")
-            if not newest and text.concepts == self.task.concepts:
-                raise TaskError("nothing to save: the text is that of the file")
+            if self._same(newest, text):
+                raise TaskError(
+                    f"nothing to save: the text is that of {f'revision {newest}' if newest else 'the file'}"
+                )
             number = newest + 1
             revision = Revision(
                 number=number,
@@ -145,6 +145,12 @@ class Revisions:
             write_json(self.folder / f"r{number:04d}.json", revision.model_dump(mode="json"))
         logger.info("%s: revision %d of the sentences saved by %r", self.task.name, number, who)
         return number
+
+    def _same(self, number: int, text: Task) -> bool:
+        try:
+            return self.read(number).concepts == text.concepts
+        except TaskError:  # damaged: whatever is saved now is better
+            return False
 
     def history(self) -> list[dict[str, Any]]:
         """What is known of each revision, the newest first, the file last; `damaged` says why one cannot be read."""

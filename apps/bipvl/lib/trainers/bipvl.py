@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lib import checkpoints
 from lib.cases import audit, image_id
+from lib.concept_revisions import newest_text
 from lib.files import write_json
 from lib.nets import TextAssets, build_model
 from lib.report import Examined
@@ -92,8 +93,9 @@ class BiPVLTrain(BasicTrainTask):
 
         Raises:
             ValueError: no usable labelled case (with a table of what is wrong with each), an option out of range, a
-                round that cannot be resumed, or another round of this task is running.
+                round that cannot be resumed, another round of this task is running, or damaged sentences.
         """
+        self.task = newest_text(self.task, self.folder)
         with rounds.only_round(self.folder / "train", self.task.name):
             super().__call__(self.checked(request), datastore)
         return self.stats()

@@ -56,6 +56,8 @@ RULES: tuple[tuple[str, re.Pattern[str], str, str | None], ...] = tuple(
         ("POST DELETE", r"/(train|batch/infer)/?[^/]*", "annotator", "admin"),
         ("POST DELETE", r"/scoring/[^/]*", "annotator", None),
         ("POST", r"/proxy/.*", "annotator", None),
+        ("POST", r"/concepts/[^/]+/(check|try|map)", "viewer", None),
+        ("POST", r"/concepts/[^/]+/(review|revisions(/\d+/restore)?)", "annotator", None),
     )
 )
 PUBLIC = (("GET", "/auth/"), ("GET", "/auth"), ("POST", "/auth/token"))  # to learn how to log in, and to do it

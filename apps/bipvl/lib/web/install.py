@@ -24,6 +24,7 @@ from lib.web.accounts import Accounts, OwnAccounts, RealmAccounts
 from lib.web.auth import Authenticator
 from lib.web.auth_routes import auth_routes
 from lib.web.common import Services, handle_errors
+from lib.web.concept_routes import concept_routes
 from lib.web.data_routes import datastore_routes, session_routes
 from lib.web.guard import Guard
 from lib.web.infer_routes import infer_routes
@@ -86,7 +87,10 @@ def build(services: Services) -> FastAPI:
         allow_headers=["*"],
     )
     handle_errors(api)
-    for make in (auth_routes, datastore_routes, session_routes, infer_routes, task_routes, report_routes):
+    for make in (
+        *(auth_routes, datastore_routes, session_routes, infer_routes),
+        *(task_routes, report_routes, concept_routes),
+    ):
         api.include_router(make(services))
     api.include_router(page_routes(api, services))
     api.include_router(ohif.router())

@@ -23,7 +23,8 @@ td {{ padding: .15rem 1rem .15rem 0; vertical-align: top }} code {{ white-space:
 <h1>{title}</h1>
 <p>{description}</p>
 <p>Annotate with 3D Slicer (module MONAI Label, this address as server) or, for a DICOMweb archive, in the browser:
-<a href="ohif/">OHIF viewer</a>. Also here: <a href="info/">tasks and options</a>, <a href="train/">training</a>,
+<a href="ohif/">OHIF viewer</a>. <a href="concepts/">Sentences</a> that describe the classes: read, edit and try them.
+Also here: <a href="info/">tasks and options</a>, <a href="train/">training</a>,
 <a href="logs/">log</a>, <a href="openapi.json">OpenAPI description</a>.</p>
 {reports}
 <h2>Requests</h2>

@@ -1,0 +1,213 @@
+// The concept page: which task, its sentences, what was edited, saved, signed and tried.
+
+import { ask, byId, element, run, swatch } from './parts.js'
+import { Trial } from './trial.js'
+
+let state = null // what the server says of the task
+let shown = {} // class → attribute → sentence, as in the table
+let fields = [] // {name, attribute, row, area, under}
+
+const trial = new Trial(() => ({ model: state.model, base: state.revision, sentences: edits(), colors: state.colors }))
+
+// What differs from the newest revision: class → attribute → sentence.
+function edits() {
+  const result = {}
+  for (const [name, sentences] of Object.entries(state.classes))
+    for (const [attribute, sentence] of Object.entries(sentences))
+      if (shown[name][attribute].trim() !== sentence) (result[name] ??= {})[attribute] = shown[name][attribute]
+  return result
+}
+
+const edited = () => Object.values(edits()).reduce((n, own) => n + Object.keys(own).length, 0)
+
+async function open(model) {
+  state = await ask(model)
+  shown = structuredClone(state.classes)
+  heading()
+  table()
+  history()
+  findings(state.problems)
+  trial.reset(state.images)
+  byId('note').value = ''
+  history_of_address(model)
+}
+
+function history_of_address(model) {
+  window.history.replaceState(null, '', `#${model}`)
+}
+
+function heading() {
+  const { review, served, text_format: format } = state
+  byId('review').textContent = review.status === 'draft' ? 'draft of a language model' : review.status
+  byId('review').className = review.status === 'reviewed' ? 'badge good' : 'badge'
+  const signed = review.by ? `, ${review.status === 'draft' ? 'written' : 'reviewed'} by ${review.by} on ${review.date}` : ''
+  const text = state.revision ? `revision ${state.revision}` : 'the concepts file'
+  byId('about').textContent = `${state.description}. ${state.modality}, ${Object.keys(state.classes).length} classes. Shown: ${text}${signed}.`
+  byId('standing').textContent = standing(served, text)
+  const warnings = []
+  if (state.damaged) warnings.push(`${state.damaged}. No round starts until a revision is restored; the file's text is shown.`)
+  if (state.file_changed) warnings.push('The concepts file has changed since this revision was saved. The revision counts; restore the file below to go on with its text.')
+  if (!['concepts', 'definition'].includes(format)) warnings.push(`This task reads the text format “${format}”: its model does not read the sentences below.`)
+  if (!state.may_save) warnings.push('Your account may read and try sentences. Saving needs the role annotator.')
+  byId('warning').textContent = warnings.join(' ')
+  byId('warning').hidden = !warnings.length
+}
+
+// How a saved text reaches the model.
+function standing(served, text) {
+  const rule = 'The next training round reads the newest revision.'
+  if (!served) return `No version is published yet. ${rule}`
+  if (served.hash === state.hash) return `Version ${served.version} is served and was trained with these sentences. A saved revision changes no mask before the next training round, which reads the newest revision.`
+  const own = served.revisions.length ? (served.revisions[0] ? `revision ${served.revisions[0]}` : 'the concepts file') : 'other sentences, which are no revision'
+  return `Version ${served.version} is served and goes on reading ${own}, with which it was trained; masks do not change yet. ${rule}`
+}
+
+function table() {
+  const names = Object.keys(state.classes)
+  const filter = byId('filter')
+  filter.replaceChildren(element('option', { value: '' }, 'all classes'), ...names.map((n) => element('option', { value: n }, n)))
+  fields = []
+  const head = element('thead', {}, element('tr', {}, ...['Class', 'Attribute', 'Sentence'].map((t) => element('th', {}, t))))
+  const bodies = names.map((name) => {
+    const body = element('tbody')
+    body.dataset.class = name
+    state.attributes.forEach((attribute, i) => {
+      const area = element('textarea', { rows: 1, spellcheck: true, maxLength: 1000 })
+      area.setAttribute('aria-label', `${name}, ${attribute}`)
+      const under = element('div')
+      const row = element('tr', {},
+        element('td', { className: 'name' }, ...(i ? [] : [swatch(state.colors[name]), name])),
+        element('td', { className: 'attribute' }, attribute),
+        element('td', {}, area, under))
+      area.addEventListener('input', () => {
+        shown[name][attribute] = area.value
+        refresh()
+      })
+      fields.push({ name, attribute, row, area, under })
+      body.append(row)
+    })
+    return body
+  })
+  byId('sentences').replaceChildren(head, ...bodies)
+  fill()
+}
+
+// Put what is in `shown` into the fields.
+function fill() {
+  for (const { name, attribute, area } of fields) area.value = shown[name][attribute]
+  refresh()
+}
+
+function refresh() {
+  const changes = edits()
+  for (const { name, attribute, row, area, under } of fields) {
+    const changed = changes[name]?.[attribute] !== undefined
+    row.className = changed ? 'changed' : ''
+    under.replaceChildren(...(changed ? [element('div', { className: 'was' }, state.classes[name][attribute])] : []))
+    grow(area)
+  }
+  const n = edited()
+  byId('count').textContent = n ? `${n} sentence${n > 1 ? 's' : ''} changed` : 'Nothing changed'
+  byId('save').classList.toggle('edited', n > 0)
+  byId('submit').disabled = !n || !state.may_save
+  byId('undo').disabled = !n
+}
+
+function grow(area) {
+  area.style.height = 'auto'
+  if (area.scrollHeight) area.style.height = `${area.scrollHeight + 2}px`
+}
+
+function findings(problems) {
+  const rest = problems.filter(({ class: name, attribute, message, fatal }) => {
+    const field = fields.find((f) => f.name === name && f.attribute === attribute)
+    field?.under.append(element('div', { className: fatal ? 'finding fatal' : 'finding' }, message))
+    return !field
+  })
+  const where = (p) => [p.class, p.attribute].filter(Boolean).join(', ')
+  byId('findings').replaceChildren(...rest.map((p) => element('li', {}, `${where(p)}: ${p.message}`)))
+}
+
+function history() {
+  const head = element('tr', {}, ...['Revision', 'Saved', 'Who', 'Why', 'Review', ''].map((t) => element('th', {}, t)))
+  const lines = state.history.map((entry) => {
+    const name = entry.number || 'the file'
+    if (entry.damaged) return element('tr', {}, element('td', {}, `${name}`), element('td', { colSpan: 5 }, entry.damaged))
+    const compare = element('button', { type: 'button', disabled: entry.number === state.revision }, 'Compare')
+    compare.addEventListener('click', () => run(compare, byId('said'), '', () => load(entry.number)))
+    const restore = element('button', { type: 'button', disabled: entry.number === state.revision || !state.may_save }, 'Restore')
+    restore.addEventListener('click', () => run(restore, byId('said'), 'Restoring …', () => change(`revisions/${entry.number}/restore`, {})))
+    const { review } = entry
+    const served = state.served?.hash === entry.hash ? ' · served' : ''
+    return element('tr', {},
+      element('td', {}, element('b', {}, `${name}`), served),
+      element('td', {}, entry.time ? new Date(entry.time).toLocaleString() : ''),
+      element('td', {}, entry.who),
+      element('td', {}, entry.note),
+      element('td', {}, review.status === 'reviewed' ? `reviewed by ${review.by}, ${review.date}` : review.status),
+      element('td', { className: 'row' }, compare, restore))
+  })
+  byId('history').replaceChildren(element('tbody', {}, head, ...lines))
+  const submit = byId('sign').querySelector('button')
+  submit.disabled = !state.may_save
+}
+
+async function load(number) {
+  shown = (await ask(`${state.model}/revisions/${number}`)).classes
+  fill()
+  return edited() ? '' : 'The same sentences as the newest.'
+}
+
+// Save, restore or sign; then show what there is.
+async function change(path, body) {
+  const { revision } = await ask(`${state.model}/${path}`, { base: state.revision, ...body })
+  await open(state.model)
+  return `Revision ${revision} is saved.`
+}
+
+byId('model').addEventListener('change', (event) => {
+  if (edited() && !window.confirm('Leave this task? Your changes are not saved.')) {
+    byId('model').value = state.model
+    return
+  }
+  open(event.target.value)
+})
+byId('filter').addEventListener('change', (event) => {
+  for (const body of byId('sentences').tBodies) body.hidden = Boolean(event.target.value) && body.dataset.class !== event.target.value
+  for (const { area } of fields) grow(area)
+})
+byId('undo').addEventListener('click', () => {
+  shown = structuredClone(state.classes)
+  fill()
+})
+byId('check').addEventListener('click', (event) =>
+  run(event.target, byId('said'), 'Checking …', async () => {
+    const { problems } = await ask(`${state.model}/check`, { base: state.revision, sentences: edits() })
+    refresh()
+    findings(problems)
+    return problems.length ? `${problems.length} finding${problems.length > 1 ? 's' : ''}` : 'The check finds nothing.'
+  }))
+byId('save').addEventListener('submit', (event) => {
+  event.preventDefault()
+  run(byId('submit'), byId('said'), 'Saving …', () => change('revisions', { sentences: edits(), note: byId('note').value })).then(refresh)
+})
+byId('sign').addEventListener('submit', (event) => {
+  event.preventDefault()
+  const button = event.target.querySelector('button')
+  run(button, byId('said'), 'Signing …', async () => {
+    if (edited()) throw new Error('save or undo your changes first: only a saved text can be signed')
+    return change('review', { by: byId('by').value })
+  })
+})
+window.addEventListener('beforeunload', (event) => {
+  if (state && edited()) event.preventDefault()
+})
+window.addEventListener('resize', () => fields.forEach(({ area }) => grow(area)))
+
+run(byId('check'), byId('said'), '', async () => {
+  const models = Object.keys((await ask('../info/')).models)
+  byId('model').replaceChildren(...models.map((name) => element('option', {}, name)))
+  const wanted = decodeURIComponent(location.hash.slice(1))
+  byId('model').value = models.includes(wanted) ? wanted : models[0]
+  await open(byId('model').value)
+})
