@@ -22,10 +22,10 @@ SMALL: dict[str, Any] = {
     "model.scratch": {"layers": 12, "width": 48, "heads": 4},
     "model.projection": 64,
     "training.learning_rate": 1e-2,
-    "training.language_learning_rate": 1e-3,
+    "training.language_learning_rate": 1e-4,
     "training.patches_per_case": 1,
 }
-SMALL_ITERATIONS = 150
+SMALL_ITERATIONS = 200
 # Short-axis images have the heart in their middle: the field holds 99.5% of what is labelled, one patch the field.
 FIELDS: dict[str, tuple[float, float]] = {"small": (192.0, 192.0)}
 SIZES: dict[str, dict[str, Any]] = {"small": SMALL, "paper": {}}
