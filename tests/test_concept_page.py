@@ -257,6 +257,7 @@ def test_a_saved_revision_is_served_from_the_next_round_on(server):
     after = voxels()
     assert after["voxels"] == before["voxels"], "masks change with the next round, not with a click"
     assert after["concept_weights"] == before["concept_weights"]
+    assert before["warnings"] == [] and "the next round reads newer ones" in after["warnings"][0]
     assert server.train("quickstart", 400, max_epochs=1)["status"] == "DONE", server.tail()
     versions = server.call("GET", "/model/quickstart/versions").json()
     assert [v["concepts"] for v in versions] == [earlier["hash"], now["hash"]]

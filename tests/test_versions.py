@@ -362,7 +362,7 @@ def test_changed_sentences_are_a_warning_in_the_result(served, task, tmp_path):
     name = task.classes[0]
     changed = task.with_concepts({name: {"shape": "Quite another shape."}})
     engine.task = changed
-    assert segment() == (2, ["version 2 reads the sentences it was trained with; the file has changed"])
+    assert segment() == (2, ["version 2 reads the sentences it was trained with; the next round reads newer ones"])
 
 
 def test_threads_share_one_model(served, monkeypatch):

@@ -19,6 +19,7 @@ from monailabel.utils.others.generic import device_list, name_to_device, strtobo
 
 from lib import checkpoints, maskfiles
 from lib.checkpoints import CheckpointError, DamagedCheckpoint
+from lib.concept_revisions import newest_text
 from lib.nets import BiPVLSeg, build_model
 from lib.segment import Prediction, predict
 from lib.tasks import ATTRIBUTES, Task, TaskError, task_from_dict
@@ -191,8 +192,18 @@ class BiPVLInfer(BasicInferTask):
             task = task.with_concepts(options.concepts)
         if task.model.head == "text":  # nothing is computed for classes that were not asked for
             task = task.only(options.classes)
-        run = _Run(options, loaded.version, loaded.model, task, loaded.warnings)
+        run = _Run(options, loaded.version, loaded.model, task, [*loaded.warnings, *self._other_text(loaded)])
         return super().__call__({**chosen, "run": run}, callbacks)
+
+    def _other_text(self, loaded: _Loaded) -> list[str]:
+        """A warning where the next round will read other sentences than this version does."""
+        try:
+            newest = newest_text(self.task, self.versions.folder)
+        except TaskError as error:
+            return [str(error)]
+        if not loaded.version or loaded.task.concepts.hash == newest.concepts.hash:
+            return []
+        return [f"version {loaded.version} reads the sentences it was trained with; the next round reads newer ones"]
 
     def pre_transforms(self, data: dict[str, Any]) -> list:
         return load(data["run"].task, label=False)
@@ -337,9 +348,6 @@ class BiPVLInfer(BasicInferTask):
             new = [c for c in task.classes if c not in task_from_dict(checkpoint["task"], str(path)).classes]
             if new:
                 warnings.append(f"version {version} never saw a label of {', '.join(new)}: found by description alone")
-            if task.concepts.hash != self.task.concepts.hash:
-                warnings.append(f"version {version} reads the sentences it was trained with; the file has changed")
-                logger.warning("%s: %s", self.task.name, warnings[-1])
             self._models[key] = _Loaded(version, model.to(device).eval(), task, file, warnings)
         return self._used(key)
 

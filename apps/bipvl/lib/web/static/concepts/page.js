@@ -145,7 +145,7 @@ function history() {
       element('td', {}, entry.who),
       element('td', {}, entry.note),
       element('td', {}, review.status === 'reviewed' ? `reviewed by ${review.by}, ${review.date}` : review.status),
-      element('td', { className: 'row' }, compare, restore))
+      element('td', {}, element('div', { className: 'row' }, compare, restore)))
   })
   byId('history').replaceChildren(element('tbody', {}, head, ...lines))
   const submit = byId('sign').querySelector('button')
@@ -185,6 +185,7 @@ byId('check').addEventListener('click', (event) =>
     const { problems } = await ask(`${state.model}/check`, { base: state.revision, sentences: edits() })
     refresh()
     findings(problems)
+    document.querySelector('.finding')?.scrollIntoView({ block: 'center' })
     return problems.length ? `${problems.length} finding${problems.length > 1 ? 's' : ''}` : 'The check finds nothing.'
   }))
 byId('save').addEventListener('submit', (event) => {

@@ -57,7 +57,7 @@ export class Trial {
       ? `${found.changed} voxels changed, ${((100 * found.changed) / Math.max(total, 1)).toFixed(1)} % of what was segmented before.`
       : 'No voxel changed.'
     const warnings = [...new Set([...found.before.warnings, ...found.after.warnings])]
-    byId('verdict').textContent = [`Version ${found.before.model_version || '0 (untrained)'}: ${said}`, ...warnings.map((w) => `${w}.`)].join(' ')
+    byId('verdict').textContent = [`Version ${found.before.model_version || '0 (untrained)'}: ${said}`, ...warnings.map((w) => `${w[0].toUpperCase()}${w.slice(1)}.`)].join(' ')
   }
 
   scores(found, colors) {
