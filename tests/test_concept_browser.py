@@ -98,6 +98,25 @@ def test_a_refusal_is_said_and_the_text_stays_in_the_table(visit, server):
     visit.assert_clean()
 
 
+def test_what_somebody_else_saved_meanwhile_is_not_overwritten(visit, server):
+    page = visit.page
+    visit.expected = ("409 POST {address}/concepts/quickstart/revisions",)
+    page.get_by_label("liver, texture").fill("Mine.")
+    base = server.call("GET", "/concepts/quickstart").json()["revision"]
+    theirs = {"base": base, "sentences": {"spleen": {"texture": "Theirs."}, "liver": {"texture": "Theirs too."}}}
+    assert server.call("POST", "/concepts/quickstart/revisions", json=theirs).ok
+    page.get_by_role("button", name="Save as a new revision").click()
+    said(visit, f"revision {base + 1} was saved in the meantime")
+    expect(page.get_by_label("spleen, texture")).to_have_value("Theirs.")
+    expect(page.get_by_label("liver, texture")).to_have_value("Mine.")
+    assert page.locator("tr.changed .was").all_text_contents() == ["Theirs too."]
+    page.get_by_role("button", name="Save as a new revision").click()
+    said(visit, f"Revision {base + 2} is saved.")
+    now = server.call("GET", "/concepts/quickstart").json()
+    assert (now["classes"]["liver"]["texture"], now["classes"]["spleen"]["texture"]) == ("Mine.", "Theirs.")
+    visit.assert_clean()
+
+
 def canvas(visit, name):
     """What a canvas shows, (rows, columns, 4)."""
     script = """c => [c.height, c.width, [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]]"""

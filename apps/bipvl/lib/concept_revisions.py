@@ -126,7 +126,7 @@ class Revisions:
             if base != newest:
                 raise Conflict(
                     f"revision {newest} was saved in the meantime, and yours is made from revision {base}; nothing was "
-                    "changed. Load the newest, and edit that"
+                    "changed"
                 )
             if self._same(newest, text):
                 raise TaskError(

@@ -29,10 +29,6 @@ async function open(model) {
   findings(state.problems)
   trial.reset(state.images)
   byId('note').value = ''
-  history_of_address(model)
-}
-
-function history_of_address(model) {
   window.history.replaceState(null, '', `#${model}`)
 }
 
@@ -165,6 +161,22 @@ async function change(path, body) {
   return `Revision ${revision} is saved.`
 }
 
+// Where somebody else has saved in between, what was edited here stays: on top of what they saved.
+async function save() {
+  const mine = edits()
+  const note = byId('note').value
+  try {
+    return await change('revisions', { sentences: mine, note })
+  } catch (error) {
+    if (error.status !== 409) throw error
+    await open(state.model)
+    byId('note').value = note
+    for (const [name, sentences] of Object.entries(mine)) Object.assign(shown[name] ?? {}, sentences)
+    fill()
+    throw new Error(`${error.message}. Your changes are in the table, on top of the newest: look at them, and save again`)
+  }
+}
+
 byId('model').addEventListener('change', (event) => {
   if (edited() && !window.confirm('Leave this task? Your changes are not saved.')) {
     byId('model').value = state.model
@@ -190,7 +202,7 @@ byId('check').addEventListener('click', (event) =>
   }))
 byId('save').addEventListener('submit', (event) => {
   event.preventDefault()
-  run(byId('submit'), byId('said'), 'Saving …', () => change('revisions', { sentences: edits(), note: byId('note').value })).then(refresh)
+  run(byId('submit'), byId('said'), 'Saving …', save).then(refresh)
 })
 byId('sign').addEventListener('submit', (event) => {
   event.preventDefault()

@@ -35,7 +35,7 @@ export async function ask(path, body) {
   } catch {
     // not one of the server's own answers: a proxy's, perhaps
   }
-  throw new Error(text)
+  throw Object.assign(new Error(text), { status: answer.status })
 }
 
 // Run what a button starts: the button waits, and what goes wrong is said beside it.

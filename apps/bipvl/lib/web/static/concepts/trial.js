@@ -47,7 +47,7 @@ export class Trial {
     byId('collapse').hidden = flat >= TOLD_APART
     byId('collapse').textContent = `The text of this version's classes is not told apart: no two rows differ by more than ${flat.toFixed(4)}. It has not learned to read; more training, or the text head, may help.`
     const thinned = this.slices.step.some((s) => s > 1)
-    byId('thinned').textContent = thinned ? `Shown is every ${this.slices.step.join(', ')}th voxel (right-left, back-front, down-up); scores count all.` : ''
+    byId('thinned').textContent = thinned ? `Shown is one voxel of ${this.slices.step.join(' × ')} (right-left, back-front, down-up); scores count all.` : ''
     this.choose()
   }
 
