@@ -35,6 +35,7 @@ def pooled_dice(mask: Path | str, reference: Path | str) -> float:
     return 2 * float(((ours == theirs) & (theirs > 0)).sum()) / float((ours > 0).sum() + (theirs > 0).sum())
 
 
+@pytest.mark.slow
 def test_whole_loop_on_real_ct(real_data, tmp_path):
     """Start, next sample, segment, correct, train, a better mask; restart without network, the same mask."""
     conf = {"models": "amos22-ct", "spacing": "[6, 6, 6]", "patch": "[64, 64, 64]", **SMALL}
