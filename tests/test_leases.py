@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from monailabel.client import MONAILabelClient
 from monailabel.client.client import MONAILabelClientException
-from monailabel.tasks.activelearning.first import First
-from monailabel.tasks.activelearning.random import Random
 
 from helpers import write_nifti
+from lib.activelearning.strategies import First, Random
 from lib.leases import Leases, Offer
 from server import Server
 
@@ -141,7 +140,7 @@ def test_many_at_once_get_different_cases(leases):
 
 
 @pytest.mark.parametrize("offered", [{}, {"random": {"ts": 9e9}}, {"random": "x"}, "x", {"random": {"ts": None}}])
-def test_random_copes_with_any_time_of_an_offer(offered):
+def test_random_copes_with_any_note_of_an_offer(offered):
     """Offered this second, in the future, or an info that somebody filled with something else."""
     store = Store(["only"], {"strategy": offered})
     assert Random()({"strategy": "random"}, Offer(store, set()))["id"] == "only"

@@ -8,6 +8,7 @@ MONAI Label loads this file with the app folder on `sys.path` only while it load
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -18,15 +19,19 @@ from monailabel.config import settings
 from monailabel.interfaces import app as stock
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore
-from monailabel.tasks.activelearning.first import First
-from monailabel.tasks.activelearning.random import Random
+from monailabel.interfaces.tasks.scoring import ScoringMethod
+from monailabel.interfaces.tasks.strategy import Strategy
 
+from lib.activelearning import strategies
 from lib.allocator import keep_freed_memory
 from lib.datastores import FINAL, LocalStore
 from lib.dicomimage import SeriesError
 from lib.dicomstore import DicomStore
 from lib.infers import BiPVLInfer
 from lib.leases import DEFAULT_MINUTES, Leases, Offer
+from lib.scoring import CaseScoring, scoring_methods
+from lib.scoring.background import METHOD, Background
+from lib.scoring.turns import Turns
 from lib.shipped import start_from_shipped
 from lib.tasks import Task, TaskError, load_task
 from lib.trainers import BiPVLTrain
@@ -41,7 +46,9 @@ keep_freed_memory()  # of the server, of its training process and of the command
 VERSION = "0.1.0"
 DEFAULT_TASK = "quickstart"
 TASK_KEYS = ("patch", "spacing", "overlap")
-APP_KEYS = ("models", "config", "model_dir", "lease_minutes", "server_mode")
+APP_KEYS = ("models", "config", "model_dir", "lease_minutes", "score_cases", "server_mode")
+SCORED_CASES = 200
+NICENESS = 10  # of a process that scores
 
 
 class BiPVLApp(MONAILabelApp):
@@ -50,6 +57,7 @@ class BiPVLApp(MONAILabelApp):
     `--conf models <task>[,<task>…]` selects shipped tasks, `--conf config <file>` serves a user's own, and a dotted
     `--conf model.feature_size 12` changes one value of every selected task. Without either, `quickstart` is served.
     `--conf lease_minutes 60` is how long a case that one annotator was offered is not offered to others; 0: not at all.
+    `--conf score_cases 200` is how many unlabelled cases are scored in the background; 0: none.
 
     Raises:
         lib.tasks.TaskError: at start-up, for an unknown task or a file that cannot be used.
@@ -60,6 +68,9 @@ class BiPVLApp(MONAILabelApp):
         self.tasks = _select(conf)
         self.model_dir = Path(conf.get("model_dir") or Path(app_dir) / "model")
         self.leases = Leases(self.model_dir / "leases.json", conf.get("lease_minutes", DEFAULT_MINUTES))
+        self.score_cases = _score_cases(conf)
+        self.turns = Turns(self.model_dir / "requests.lock")
+        self.background: Background | None = None  # of a server only
         logger.info("Tasks: %s", ", ".join(f"{t.name} ({len(t.classes)} classes)" for t in self.tasks.values()))
         super().__init__(
             app_dir=app_dir,
@@ -83,6 +94,12 @@ class BiPVLApp(MONAILabelApp):
         for name, task in self.tasks.items():
             start_from_shipped(task, self._infers[name].versions)
         install(self)
+        method = self._scoring_methods.get(METHOD)
+        wanted = self.score_cases and self._auto_update_scoring and not getattr(self.datastore(), "read_only", False)
+        if wanted and isinstance(method, CaseScoring):
+            self.background = Background(method, self.datastore())
+            self.background.start()
+        self._auto_update_scoring = False  # of MONAI Label: it would start every method at every request
         super().on_init_complete()
 
     def _load_sessions(self, load: bool = False) -> Sessions | None:
@@ -95,8 +112,16 @@ class BiPVLApp(MONAILabelApp):
     def init_trainers(self) -> dict[str, BiPVLTrain]:
         return {name: BiPVLTrain(task, self.model_dir / name) for name, task in self.tasks.items()}
 
-    def init_strategies(self) -> dict[str, Any]:
-        return {"random": Random(), "first": First()}
+    def init_strategies(self) -> dict[str, Strategy]:
+        return strategies(list(self.tasks), lambda model: self._infers[model].served())
+
+    def init_scoring_methods(self) -> dict[str, ScoringMethod]:
+        return scoring_methods(self._infers, self.tasks, self.model_dir, self.score_cases)
+
+    def scoring(self, request: dict[str, Any], datastore: Any = None) -> dict[str, Any]:
+        """Run a scoring method. MONAI Label gives it a process of its own, which takes what others leave of the CPU."""
+        os.nice(NICENESS)
+        return super().scoring(request, datastore)
 
     def next_sample(self, request: dict[str, Any]) -> dict[str, Any]:
         """The case to annotate next, leased to the one who asks (`who` or `client_id`); empty where none is free."""
@@ -116,8 +141,8 @@ class BiPVLApp(MONAILabelApp):
                 break
             except SeriesError:  # a series of the archive that is no volume, which its store offers only once
                 self.leases.release(found["id"])
-        if self._scoring_methods and settings.MONAI_LABEL_AUTO_UPDATE_SCORING:
-            self.async_scoring(None)
+        if self.background:
+            self.background.wake()
         return {**found, "path": path}
 
     def check_annotated(self, names: Any) -> None:
@@ -161,7 +186,8 @@ class BiPVLApp(MONAILabelApp):
         if model not in self._infers:
             raise HTTPException(404, f"unknown model {model!r}; valid are {', '.join(self._infers)}")
         try:
-            file, params = self._infers[model]({**request, "image": str(path)})
+            with self.turns.request():
+                file, params = self._infers[model]({**request, "image": str(path)})
         except ValueError as error:
             logger.exception("Inference refused")
             raise HTTPException(400, str(error)) from error
@@ -175,6 +201,17 @@ def _check_keys(conf: dict[str, str]) -> None:
             raise TaskError(
                 f"--conf {key}: unknown key; valid are {', '.join(valid)}, and dotted ones of the task file"
             )
+
+
+def _score_cases(conf: dict[str, str]) -> int:
+    given = conf.get("score_cases", SCORED_CASES)
+    try:
+        number = int(given)
+    except ValueError:
+        number = -1
+    if number < 0:
+        raise TaskError(f"--conf score_cases {given}: expected a number of cases, 0 for none")
+    return number
 
 
 def _select(conf: dict[str, str]) -> dict[str, Task]:

@@ -97,29 +97,11 @@ class Offer:
 
     def __init__(self, store: Any, taken: set[str]) -> None:
         self._store = store
-        self._taken = taken
+        self.taken = taken
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
 
     def get_unlabeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
         """Images that are unlabelled and free."""
-        return [case for case in self._store.get_unlabeled_images(label_tag, labels) if case not in self._taken]
-
-    def get_image_info(self, image_id: str) -> dict[str, Any]:
-        """The image's info, with times of offers at least a second ago.
-
-        MONAI Label's random strategy weighs images by the seconds since they were offered; it fails where all are 0
-        and goes wrong where one is negative.
-        """
-        info = self._store.get_image_info(image_id)
-        latest = int(time.time()) - 1
-        offers = info.get("strategy")
-        times = {name: _time(offer) for name, offer in offers.items()} if isinstance(offers, dict) else {}
-        return {**info, "strategy": {name: {"ts": min(ts, latest)} for name, ts in times.items()}}
-
-
-def _time(offer: Any) -> int:
-    """When a case was offered; clients can write anything into an info."""
-    ts = offer.get("ts") if isinstance(offer, dict) else None
-    return int(ts) if isinstance(ts, int | float) and math.isfinite(ts) else 0
+        return [case for case in self._store.get_unlabeled_images(label_tag, labels) if case not in self.taken]

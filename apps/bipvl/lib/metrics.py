@@ -88,6 +88,23 @@ def evaluate_volumes(
     return evaluate_masks(task.classes, found, target, spacing, case, tolerance)
 
 
+def dice_of_classes(task: Task, prediction: np.ndarray, reference: np.ndarray, case: str = "") -> dict[str, float]:
+    """Dice of each class of the task: what `evaluate_volumes` says, without the distances, which take longer.
+
+    Raises:
+        ValueError: as `evaluate_volumes`.
+    """
+    if prediction.shape != reference.shape:
+        raise ValueError(f"case {case!r}: prediction {prediction.shape}, reference {reference.shape}: shapes differ")
+    found = _masks(prediction, task, f"prediction of case {case!r}")
+    target = _masks(reference, task, f"reference of case {case!r}")
+    result = {}
+    for name, p, r in zip(task.classes, found, target, strict=True):
+        voxels = int(p.sum()) + int(r.sum())
+        result[name] = 2 * int((p & r).sum()) / voxels if voxels else math.nan
+    return result
+
+
 def evaluate_masks(
     names: Sequence[str],
     found: Sequence[Tensor] | Tensor,

@@ -49,16 +49,37 @@ class Prediction:
         """(C,), cosine of each class's text and its own vision vector."""
         return self.similarity.diagonal()
 
+    @property
+    def overlapping(self) -> bool:
+        """Whether there is no background channel."""
+        return len(self.probabilities) == len(self.similarity)
+
+    def found(self) -> Tensor:
+        """(C,) boolean: which classes the prediction shows anywhere."""
+        p, classes = self.probabilities, len(self.similarity)
+        if self.overlapping:
+            return (p > 0.5).flatten(1).any(1).cpu()
+        seen = [part.max(0).indices.unique() for part in p.split(PART, dim=1)]
+        return torch.isin(torch.arange(1, classes + 1), torch.cat(seen).cpu())
+
+    def entropy(self) -> Tensor:
+        """(h, w, d) predictive entropy of each voxel, 0 to 1: of its channels where classes exclude each other, the
+        mean of the classes' binary entropies where they overlap."""
+        result = torch.empty(self.probabilities.shape[1:], device=self.probabilities.device)
+        for p, part in zip(self.probabilities.split(PART, dim=1), result.split(PART), strict=True):
+            if self.overlapping:
+                part.copy_((torch.special.entr(p) + torch.special.entr(1 - p)).mean(0) / math.log(2))
+            else:
+                part.copy_(torch.special.entr(p).sum(0) / math.log(len(p)))
+        return result.clamp_(0, 1)
+
     def uncertainty(self) -> float:
-        """Mean predictive entropy over the predicted foreground, between 0 and 1; 0 without foreground."""
-        p, overlapping = self.probabilities, len(self.probabilities) == len(self.similarity)
-        p = p[:, (p > 0.5).any(0) if overlapping else p.max(0).indices > 0]  # (channels, voxels of the foreground)
-        if not p.shape[1]:
-            return 0.0
-        p = p.clamp(1e-6, 1 - 1e-6)
-        if overlapping:  # one binary entropy a class
-            return float(-(p * p.log2() + (1 - p) * (1 - p).log2()).mean())
-        return float(-(p * p.log()).sum(0).mean() / math.log(len(p)))
+        """Mean predictive entropy over the foreground, 0 to 1. A voxel counts by its probability of being foreground,
+        so that a model that is not sure enough to draw anything is uncertain, not certain of nothing."""
+        p = self.probabilities
+        foreground = p.amax(0) if self.overlapping else 1 - p[0]
+        mass = float(foreground.sum(dtype=torch.float64))
+        return float((foreground * self.entropy()).sum(dtype=torch.float64)) / mass if mass > 0 else 0.0
 
 
 class _Windows:

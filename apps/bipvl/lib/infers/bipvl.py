@@ -134,10 +134,10 @@ class BiPVLInfer(BasicInferTask):
         return True
 
     def get_path(self, validate: bool = True) -> str | None:
-        served = self._served()
+        served = self.served()
         return str(self.versions.path(served)) if served else None
 
-    def _served(self) -> int:
+    def served(self) -> int:
         """The served version, 0 where there is none or the pointer is damaged: a list of models must not fail."""
         try:
             return self.versions.served or 0
@@ -155,7 +155,7 @@ class BiPVLInfer(BasicInferTask):
             **super().info(),
             "labels": self.labels,
             "label_info": self._label_info(),
-            "version": self._served(),
+            "version": self.served(),
         }
 
     def _label_info(self) -> list[dict[str, Any]]:
@@ -283,6 +283,11 @@ class BiPVLInfer(BasicInferTask):
 
     # Models -------------------------------------------------------------------------------------------------------
 
+    def loaded(self, device: str) -> tuple[int, BiPVLSeg, Task]:
+        """What answers requests now: version, model and its task. Not to be changed where requests use it too."""
+        found = self._model(None, device)
+        return found.version, found.model, found.task
+
     def _model(self, wanted: int | None, device: str) -> _Loaded:
         """The model of a version on a device; None: the served one.
 
@@ -299,7 +304,7 @@ class BiPVLInfer(BasicInferTask):
 
     def _served_model(self, device: str) -> _Loaded:
         failures: list[DamagedCheckpoint] = []
-        candidates = [n] if (n := self._served()) else self.versions.candidates()
+        candidates = [n] if (n := self.served()) else self.versions.candidates()
         for version in candidates:
             try:
                 return self._load(version, device)

@@ -25,6 +25,7 @@ from monailabel.utils.async_tasks.utils import tasks
 from monailabel.utils.others.generic import file_checksum
 
 from lib.cases import SUFFIXES
+from lib.scoring import cache
 from lib.web import choices, uploads
 from lib.web.accounts import User
 from lib.web.common import ERRORS, Services, checked, choice, current_user, known_image
@@ -70,6 +71,7 @@ def task_routes(services: Services) -> APIRouter:
             logger.warning("What was offered could not be noted: %s", error)
         if services.auth:
             services.auth.downloads.allow(address_of(request.scope), found["id"], user)
+        image_info.pop(cache.KEY, None)  # vectors of the model, of no use to a client
         return {**found, **image_info, **_download(found["id"], Path(found["path"]))}
 
     # Training, batches, scores ------------------------------------------------------------------------------------
@@ -78,9 +80,13 @@ def task_routes(services: Services) -> APIRouter:
         trainer = app._trainers.get(task["request"].get("model"))
         return with_progress(_plain(task), trainer.stats() if trainer else {})
 
+    def scores(task: dict[str, Any]) -> dict[str, Any]:
+        method = app._scoring_methods.get(task["request"].get("method"))
+        return {**_plain(task), "progress": method.info().get("progress") if method else None}
+
     _task_status(routes, "/train/", "train", "Train", "Status of training", training)
     _task_status(routes, "/batch/infer", "batch_infer", "Infer", "Status of batch inference")
-    _task_status(routes, "/scoring/", "scoring", "Scoring", "Status of scoring")
+    _task_status(routes, "/scoring/", "scoring", "Scoring", "Status of scoring", scores)
 
     @routes.post("/train/", tags=["Train"], summary="Train all models")
     def train_all(user: Asker, params: Params = None, run_sync: bool = False) -> dict[str, Any]:
@@ -122,12 +128,17 @@ def task_routes(services: Services) -> APIRouter:
     def score_all(params: Params = None, run_sync: bool = False) -> dict[str, Any]:
         given = checked(params or {})
         requests = {name: {**_object(given.get(name), name), "method": name} for name in app._scoring_methods}
+        if app.background:
+            app.background.give_way()
         return {n: {"result": _start("scoring", r, run_sync, queue=True), "detail": None} for n, r in requests.items()}
 
     @routes.post("/scoring/{method}", tags=["Scoring"], summary="Run a scoring method")
     def score(method: str, params: Params = None, run_sync: bool = False) -> dict[str, Any]:
         choice("scoring method", method, app._scoring_methods)
-        return _start("scoring", {**checked(params or {}), "method": method}, run_sync)
+        request = {**checked(params or {}), "method": method}
+        if app.background and not run_sync:
+            app.background.give_way()
+        return _start("scoring", request, run_sync)
 
     # Models -------------------------------------------------------------------------------------------------------
 
