@@ -55,6 +55,8 @@ class Server:
             environment |= {"LD_PRELOAD": str(library), "FAKETIME": faketime}
             environment["FAKETIME_DONT_FAKE_MONOTONIC"] = "1"  # else waits with a timeout never end
         env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+        # Scoring in the background would take the time of tests that are about something else.
+        environment = {"MONAI_LABEL_AUTO_UPDATE_SCORING": "false", **environment}
         env |= {k: v for k, v in environment.items() if v is not None}
         self.command, self.env = command, {k: v for k, v in env.items() if environment.get(k, "") is not None}
         # A folder of its own: results keep the name of the server's temporary file, which the server then deletes.

@@ -31,6 +31,7 @@ from lib.infers import BiPVLInfer
 from lib.leases import DEFAULT_MINUTES, Leases, Offer
 from lib.scoring import CaseScoring, scoring_methods
 from lib.scoring.background import METHOD, Background
+from lib.scoring.methods import SERVER
 from lib.scoring.turns import Turns
 from lib.shipped import start_from_shipped
 from lib.tasks import Task, TaskError, load_task
@@ -94,6 +95,7 @@ class BiPVLApp(MONAILabelApp):
         for name, task in self.tasks.items():
             start_from_shipped(task, self._infers[name].versions)
         install(self)
+        os.environ[SERVER] = str(os.getpid())
         method = self._scoring_methods.get(METHOD)
         wanted = self.score_cases and self._auto_update_scoring and not getattr(self.datastore(), "read_only", False)
         if wanted and isinstance(method, CaseScoring):
