@@ -48,8 +48,9 @@ def test_logits_are_features_times_what_the_text_says(overlapping):
             head.background.copy_(torch.tensor([0.0, 6, 0, 0, 0.5]))
         features = torch.tensor([3.0, 5, 7, 9]).view(1, 4, 1, 1, 1).expand(1, 4, 2, 1, 1)
         logits = head(features, torch.eye(2)[None], torch.zeros(2, 3))[0, :, 0, 0, 0]
-    expected = [2 * 3 / 2 + 1, 4 * 7 / 2 - 1]  # the scale is one over the root of the width, 1/2
-    torch.testing.assert_close(logits, torch.tensor(expected if overlapping else [6 * 5 / 2 + 0.5, *expected]))
+    scale = 8 / 2  # the gain over the root of the width
+    expected = [2 * 3 * scale + 1, 4 * 7 * scale - 1]
+    torch.testing.assert_close(logits, torch.tensor(expected if overlapping else [6 * 5 * scale + 0.5, *expected]))
 
 
 @pytest.mark.parametrize("overlapping", [False, True])

@@ -3,7 +3,7 @@
 With the fixed head a class is a channel: text that never changes can be treated as a constant, and nothing forces the
 network to read it. With the text head a class is its sentences and nothing else:
 
-    logits of class c  =  decoder features · MLP(T_c, D_c) + bias          T_c of Eq. (4)
+    logits of class c  =  GAIN · decoder features · MLP(T_c, D_c) / √width + bias     T_c of Eq. (4)
     class map of c     =  MLP(V_4) · projection of (mean of its concepts, D_c)
 
 and the background is a learned vector. D_c is what sets the class's sentences apart from the task's other sentences
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 GRID = (3, 3, 3)  # of the class vectors; V_4 of a 96³ patch
+GAIN = 8.0  # of the text head's logits; at 1 the rarest class is found late (docs/benchmarks.md)
 LEAST = 1e-3  # difference of sentences that counts as none; BERT's vectors have a root mean square of about 1
 
 
@@ -86,7 +87,7 @@ class TextHead(nn.Module):
     def forward(self, features: Tensor, text: Tensor, apart: Tensor) -> Tensor:
         """Features (B, width, H, W, D), text vectors T (B, C, P) and D (C, E) to logits (B, channels, H, W, D)."""
         kernels = _with_background(self.mlp(self.reader(text, apart)), self.background)  # (B, channels, width + 1)
-        weights, bias = kernels[..., :-1] * features.shape[1] ** -0.5, kernels[..., -1:]
+        weights, bias = kernels[..., :-1] * (GAIN * features.shape[1] ** -0.5), kernels[..., -1:]
         return torch.baddbmm(bias, weights, features.flatten(2)).unflatten(2, features.shape[2:])
 
 
