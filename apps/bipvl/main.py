@@ -24,7 +24,7 @@ from monailabel.interfaces.tasks.strategy import Strategy
 
 from lib.activelearning import strategies
 from lib.allocator import keep_freed_memory
-from lib.datastores import FINAL, LocalStore
+from lib.datastores import FINAL, UNCERTAINTY, LocalStore
 from lib.dicomimage import SeriesError
 from lib.dicomstore import DicomStore
 from lib.infers import BiPVLInfer
@@ -180,10 +180,26 @@ class BiPVLApp(MONAILabelApp):
         if request.get("save_label"):
             info = {"model": request["model"], "params": result["params"]}
             store.save_label(image, result["file"], request.get("label_tag") or "original", info)
+        if file := result["params"].get("uncertainty_map"):
+            result["params"]["uncertainty_map"] = self._keep_map(store, image, request["model"], result["params"], file)
         return result
 
+    def _keep_map(self, store: Any, image: str, model: str, params: dict[str, Any], file: str) -> dict[str, str] | None:
+        """Where clients find the uncertainty map of an image; None, and a warning, where it cannot be kept."""
+        unit = "percent of the largest entropy"
+        info = {"model": model, "model_version": params["model_version"], "unit": unit}
+        try:
+            store.keep_map(image, Path(file), info)
+            return {"label": image, "tag": UNCERTAINTY, "unit": unit}
+        except (ValueError, OSError) as error:  # the mask is worth more
+            params["warnings"].append(f"the uncertainty map could not be kept: {error}")
+            return None
+        finally:
+            Path(file).unlink(missing_ok=True)
+
     def infer_file(self, request: dict[str, Any], path: Path) -> dict[str, Any]:
-        """Segment a file or a DICOM folder that is not in the datastore. The caller removes the result's `file`."""
+        """Segment a file or a DICOM folder that is not in the datastore. The caller removes the result's `file` and
+        what its `uncertainty_map` names."""
         model = request.get("model")
         if model not in self._infers:
             raise HTTPException(404, f"unknown model {model!r}; valid are {', '.join(self._infers)}")

@@ -31,6 +31,7 @@ from lib.labelfiles import (
     NotInStoreError,
     ReadOnlyError,
     StoreError,
+    check_new_id,
     check_tag,
     facts,
     files_of,
@@ -43,27 +44,9 @@ __all__ = ["ConflictError", "LocalStore", "NotInStoreError", "ReadOnlyError", "S
 
 logger = logging.getLogger(__name__)
 
-FINAL = "final"
+FINAL, UNCERTAINTY = "final", "uncertainty"
 READ_ONLY_ERRORS = (errno.EROFS, errno.EACCES, errno.EPERM)
 LOCK_SECONDS = 120
-MAX_ID_BYTES = 200
-
-
-def check_new_id(case: str) -> str:
-    """The id of an image to come: one name that is safe in a path on any system.
-
-    Raises:
-        StoreError: saying what is wrong.
-    """
-    if not case or case != case.strip() or case.startswith(".") or not case.isprintable():
-        problem = "must be visible characters, without a leading dot"
-    elif ".." in case or any(c in case for c in '/\\:*?"<>|'):
-        problem = "must hold no '..' and none of / \\ : * ? \" < > |"
-    elif len(case.encode()) > MAX_ID_BYTES:
-        problem = f"is longer than {MAX_ID_BYTES} bytes"
-    else:
-        return case
-    raise StoreError(f"image id {case[:80]!r} {problem}")
 
 
 class LocalStore(Datastore):
@@ -299,6 +282,12 @@ class LocalStore(Datastore):
                 source = renumbered.file(source, Path(folder), image)
             self._labels.put(image_id, tag, source, info)
         return image_id
+
+    def keep_map(self, image_id: str, file: Path, info: dict[str, Any]) -> None:
+        """Keep what a model computed for an image under the tag `uncertainty`, in place of an earlier one."""
+        with self._writing():
+            self._image(image_id)
+            self._labels.put(image_id, UNCERTAINTY, file, info, history=False)
 
     def remove_label(self, label_id: str, label_tag: str) -> None:
         """Take a label away, into the history."""

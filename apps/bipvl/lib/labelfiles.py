@@ -25,6 +25,7 @@ TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 RESERVED_TAGS = ("history", "rejected")
 STAMP = "%Y%m%dT%H%M%S.%fZ"
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+MAX_ID_BYTES = 200
 
 
 class StoreError(ValueError):
@@ -67,6 +68,23 @@ def check_tag(tag: str) -> str:
     return plain
 
 
+def check_new_id(case: str) -> str:
+    """The id of an image to come: one name that is safe in a path on any system.
+
+    Raises:
+        StoreError: saying what is wrong.
+    """
+    if not case or case != case.strip() or case.startswith(".") or not case.isprintable():
+        problem = "must be visible characters, without a leading dot"
+    elif ".." in case or any(c in case for c in '/\\:*?"<>|'):
+        problem = "must hold no '..' and none of / \\ : * ? \" < > |"
+    elif len(case.encode()) > MAX_ID_BYTES:
+        problem = f"is longer than {MAX_ID_BYTES} bytes"
+    else:
+        return case
+    raise StoreError(f"image id {case[:80]!r} {problem}")
+
+
 class LabelFiles:
     """The labels of one studies folder. Who changes something holds the folder's lock.
 
@@ -91,8 +109,9 @@ class LabelFiles:
         """The label files of an image: none, one, or after a cut-off save several, of which the newest counts."""
         return files_of(self.folder / tag, case)
 
-    def put(self, case: str, tag: str, source: Path, info: dict[str, Any]) -> None:
-        """Make a checked file the label of an image; the one that was there goes into the history.
+    def put(self, case: str, tag: str, source: Path, info: dict[str, Any], history: bool = True) -> None:
+        """Make a checked file the label of an image. The one that was there goes into the history; without `history`,
+        for what a program can make again, it does not.
 
         The order matters: a kill between any two steps leaves a whole label with the record that belongs to it.
 
@@ -111,7 +130,7 @@ class LabelFiles:
                 os.utime(staged, ns=(latest + 1000, latest + 1000))
             record.info |= {"ts": staged.stat().st_mtime_ns // 10**9, "name": target.name}
             with self.infos.change() as document:
-                for path in old:
+                for path in old if history else ():
                     kept += self._keep(path, case, tag, document.label(case, tag, path))
                 if old:
                     document.settle(case, tag, document.label(case, tag, newest(old)))

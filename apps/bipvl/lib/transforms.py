@@ -7,7 +7,7 @@ to exactly the grid of the file. All geometry goes through affines, never throug
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -251,19 +251,44 @@ def restore(probabilities: Tensor, image: MetaTensor | Mapping[str, Any], task: 
 
 def _restore_sheared(source: Tensor, network: Tensor, original: Tensor, task: Task, volume: np.ndarray) -> None:
     """`restore` where a file's axes are not perpendicular, which those of the network's grid always are."""
-    shape = volume.shape
+    for part, slab, inside in _resampled(source, network, original, volume.shape):
+        volume[..., part] = np.where(inside, decode(slab, task).cpu().numpy(), 0)
+
+
+def restore_map(values: Tensor, image: MetaTensor | Mapping[str, Any]) -> np.ndarray:
+    """A map of numbers on the network's grid to the grid of the file; as `restore`, without a decision.
+
+    Args:
+        values: (h, w, d).
+        image: as in `restore`.
+
+    Returns:
+        (H, W, D) float32, 0 outside the preprocessed crop.
+    """
+    meta = image.meta if isinstance(image, MetaTensor) else image
+    network, original = (torch.as_tensor(meta[key], dtype=torch.float64).cpu() for key in ("affine", "original_affine"))
+    volume = np.zeros(tuple(int(n) for n in meta["spatial_shape"][:3]), np.float32)
+    for part, slab, inside in _resampled(values.as_subclass(Tensor).float()[None], network, original, volume.shape):
+        volume[..., part] = np.where(inside, slab[0].cpu().numpy(), 0)
+    return volume
+
+
+def _resampled(
+    source: Tensor, network: Tensor, original: Tensor, shape: Sequence[int]
+) -> Iterator[tuple[slice, Tensor, np.ndarray]]:
+    """Slabs of (channels, h, w, d) on another grid: where along its last axis, (channels, …), and which voxels lie
+    within the source."""
     tensor = MetaTensor(source, affine=network)
     resample = SpatialResample(mode="bilinear", padding_mode="border", align_corners=False, dtype=np.float32)
-    thickness = max(1, _SLAB_ELEMENTS // (task.out_channels * shape[0] * shape[1]))
+    thickness = max(1, _SLAB_ELEMENTS // (len(source) * shape[0] * shape[1]))
     for start in range(0, shape[2], thickness):
         stop = min(start + thickness, shape[2])
         affine = original.clone()
         affine[:3, 3] += original[:3, 2] * start
         size = (*shape[:2], stop - start)
         slab = resample(tensor, dst_affine=affine, spatial_size=size)
-        labels = decode(torch.Tensor.as_subclass(slab, torch.Tensor), task).cpu().numpy()
         inside = _inside(torch.linalg.solve(network, affine).numpy(), size, source.shape[1:])
-        volume[..., start:stop] = np.where(inside, labels, 0)
+        yield slice(start, stop), torch.Tensor.as_subclass(slab, torch.Tensor), inside
 
 
 def decode(probabilities: Tensor, task: Task) -> Tensor:

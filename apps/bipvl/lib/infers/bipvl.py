@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import tempfile
 import threading
@@ -20,54 +19,17 @@ from monailabel.utils.others.generic import device_list, name_to_device, strtobo
 from lib import checkpoints, maskfiles
 from lib.checkpoints import CheckpointError, DamagedCheckpoint
 from lib.concept_revisions import newest_text
+from lib.infers.options import Options
 from lib.nets import BiPVLSeg, build_model
 from lib.segment import Prediction, predict
 from lib.tasks import ATTRIBUTES, Task, TaskError, task_from_dict
-from lib.transforms import largest_components, load, restore
+from lib.transforms import largest_components, load, restore, restore_map
 from lib.versions import Versions
 
 logger = logging.getLogger(__name__)
 
 LOADED_MODELS = 2  # the served version and one that somebody compares it with
 GPU_WINDOWS = 4  # windows a forward pass on a GPU; on a CPU batching windows gains nothing
-
-
-@dataclass
-class Options:
-    """What one request asks for, checked. `from_request` reads the option table that clients show.
-
-    version: the one asked for, None for the served one.
-    """
-
-    version: int | None
-    overlap: float | None
-    tta: bool
-    classes: tuple[str, ...]
-    largest_component: bool
-    concepts: dict[str, Any]
-
-    @classmethod
-    def from_request(cls, request: dict[str, Any], task: Task, published: Versions) -> Options:
-        """Raises ValueError for an unknown version or label, or a value that cannot be read."""
-        overlap = request.get("overlap")
-        try:
-            overlap = None if overlap in (None, "") else float(overlap)
-        except (TypeError, ValueError):
-            raise ValueError(f"overlap: expected a number from 0 to below 1, got {request['overlap']!r}") from None
-        wanted, concepts = request.get("model_version"), request.get("concepts") or {}
-        if isinstance(concepts, str):
-            try:
-                concepts = json.loads(concepts)
-            except ValueError as error:
-                raise ValueError(f"concepts: not valid JSON: {error}") from None
-        return cls(
-            version=None if wanted in (None, "", "served") else published.resolve(wanted),
-            overlap=overlap,
-            tta=_boolean(request, "tta"),
-            classes=_names(request.get("label_subset"), task),
-            largest_component=_boolean(request, "largest_component"),
-            concepts=concepts,
-        )
 
 
 @dataclass
@@ -123,6 +85,7 @@ class BiPVLInfer(BasicInferTask):
                 "overlap": task.overlap,
                 "tta": False,
                 "largest_component": False,
+                "uncertainty_map": False,
                 "label_subset": "",
                 "concepts": "",
             },
@@ -237,6 +200,8 @@ class BiPVLInfer(BasicInferTask):
         if options.largest_component:
             mask = largest_components(mask, list(values.values()))
         data["result"] = self._result(prediction, mask, run)
+        if options.uncertainty_map:
+            data["uncertainty"] = restore_map(prediction.entropy(), data["image"])
         data["pred"] = mask
         data["pred_meta_dict"] = {"affine": np.asarray(data["image"].meta["original_affine"])}
         return data
@@ -274,6 +239,11 @@ class BiPVLInfer(BasicInferTask):
         """NIfTI and NRRD by ourselves, MetaImage through MONAI Label's writer."""
         mask = data["pred"]
         source = str(data.get("image_path", ""))
+        if "uncertainty" in data:
+            percent = np.rint(100 * data.pop("uncertainty")).astype(np.uint8)
+            with tempfile.NamedTemporaryFile(suffix=".nii.gz", delete=False) as file:
+                maskfiles.write_mask(Path(file.name), percent, data["pred_meta_dict"]["affine"], source, {})
+            data["result"]["uncertainty_map"] = file.name
         suffix = extension or data.get("result_extension") or (".nii" if source.endswith(".nii") else ".nii.gz")
         if suffix not in maskfiles.SUFFIXES or not strtobool(str(data.get("result_write_to_file", True))):
             return super().writer({**data, "result_dtype": mask.dtype}, extension, mask.dtype)
@@ -374,21 +344,3 @@ class BiPVLInfer(BasicInferTask):
             self._models.clear()
 
     clear = clear_cache
-
-
-def _boolean(request: dict[str, Any], key: str) -> bool:
-    value = request.get(key)
-    try:
-        return value not in (None, "") and bool(strtobool(str(value)))
-    except ValueError:
-        raise ValueError(f"{key}: expected true or false, got {value!r}") from None
-
-
-def _names(wanted: Any, task: Task) -> tuple[str, ...]:
-    """Label names from a list or a comma-separated string; nothing means all."""
-    names = wanted.split(",") if isinstance(wanted, str) else list(wanted or [])
-    names = [str(n).strip() for n in names if str(n).strip()]
-    for name in names:
-        if name not in task.labels:
-            raise ValueError(f"label_subset: unknown label {name!r}; valid are {', '.join(task.labels)}")
-    return tuple(names or task.labels)

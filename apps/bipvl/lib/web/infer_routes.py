@@ -122,6 +122,11 @@ def _prepare(
             request.options.pop(key, None)
     elif user.role == "viewer":
         raise HTTPException(403, "save_label: this needs the role annotator")
+    if choices.boolean("uncertainty_map", _chosen(request.options.get("uncertainty_map"))):
+        if request.image is None:
+            raise HTTPException(400, "uncertainty_map: offered for the images of the datastore, which keeps the map")
+        if user.role == "viewer":
+            raise HTTPException(403, "uncertainty_map: this needs the role annotator")
     if output is InferOutput.dicom_seg and (request.image is None or not isinstance(store, DicomStore)):
         raise HTTPException(400, "output: dicom_seg is offered for the images of a DICOMweb archive only")
     return request
