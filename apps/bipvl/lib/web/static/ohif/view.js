@@ -6,6 +6,7 @@ const PANEL = `
 <label class="task">Task <select></select></label>
 <div class="row"><button class="segment" type="button">Auto-Segmentation</button><span class="version"></span></div>
 <ul class="warnings"></ul>
+<a class="map" download hidden>Download the uncertainty map</a>
 <div class="row"><button class="submit" type="button">Submit Label</button><span class="drawn"></span></div>
 <div class="row kept"><span></span>
   <button class="restore minor" type="button">Bring it back</button>
@@ -79,6 +80,7 @@ export class View {
       item.textContent = warning[0].toUpperCase() + warning.slice(1)
       return item
     }))
+    this._map(this.session.result?.uncertainty_map)
     this._text('.drawn', this._drawn())
     this._find('.drawn').classList.toggle('unsubmitted', Boolean(drawing?.unsubmitted))
     const { kept } = this.session
@@ -106,6 +108,13 @@ export class View {
     if (!result) return served
     const drawn = result.model_version ? `Drawn by version ${result.model_version}.` : 'Drawn by an untrained model.'
     return result.model_version === model.version ? drawn : `${drawn} ${served}`
+  }
+
+  /** Where the server keeps the map of the mask that is shown, if one was asked for. */
+  _map(kept) {
+    const link = this._find('.map')
+    link.hidden = !kept
+    if (kept) link.href = `/datastore/label?${new URLSearchParams({ label: kept.label, tag: kept.tag })}`
   }
 
   _drawn() {
@@ -161,6 +170,7 @@ export class View {
     this._find('.task').hidden = tasks.length < 2
     this._find('.task select').replaceChildren(...choices(tasks, task))
     this._find('.strategy').replaceChildren(...choices(Object.keys(info.strategies), strategy))
+    this._find('.strategy').title = info.strategies[strategy]?.description ?? ''
     this._options('infer', model.config)
     this._options('train', info.trainers[task]?.config ?? {})
   }
