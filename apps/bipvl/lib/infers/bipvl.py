@@ -17,6 +17,7 @@ from monailabel.tasks.infer.basic_infer import BasicInferTask
 from monailabel.utils.others.generic import device_list, name_to_device, strtobool
 
 from lib import checkpoints, maskfiles
+from lib.agreement import own_fit
 from lib.checkpoints import CheckpointError, DamagedCheckpoint
 from lib.concept_revisions import newest_text
 from lib.infers.options import Options
@@ -228,6 +229,12 @@ class BiPVLInfer(BasicInferTask):
             },
             "alignment": {
                 name: round(a, 6) for name, a in zip(task.classes, prediction.alignment.tolist(), strict=True)
+            },
+            "fit": {
+                name: None if fit is None else round(fit, 4)
+                for name, fit in zip(
+                    task.classes, own_fit(prediction.probabilities, task.overlapping, task.spacing), strict=True
+                )
             },
             "uncertainty": round(prediction.uncertainty(), 4),
             "windows": prediction.windows,

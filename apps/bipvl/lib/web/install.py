@@ -21,6 +21,7 @@ from monailabel.config import settings
 
 from lib.web import ohif, proxy
 from lib.web.accounts import Accounts, OwnAccounts, RealmAccounts
+from lib.web.agreement_routes import agreement_routes
 from lib.web.auth import Authenticator
 from lib.web.auth_routes import auth_routes
 from lib.web.common import Services, handle_errors
@@ -89,7 +90,7 @@ def build(services: Services) -> FastAPI:
     handle_errors(api)
     for make in (
         *(auth_routes, datastore_routes, session_routes, infer_routes),
-        *(task_routes, report_routes, concept_routes),
+        *(task_routes, report_routes, concept_routes, agreement_routes),
     ):
         api.include_router(make(services))
     api.include_router(page_routes(api, services))
