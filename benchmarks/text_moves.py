@@ -43,7 +43,6 @@ PAIRS: dict[str, list[tuple[str, str]]] = {
 }
 WORK = Path.home() / ".cache" / "bipvl-accuracy"
 DOCUMENT = ROOT / "docs" / "text.md"
-MARKS = "<!-- text-moves: begin -->", "<!-- text-moves: end -->"
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -94,9 +93,15 @@ def tables_command() -> None:
         path = RESULTS / f"text-moves-{name}.json"
         if path.is_file():
             text += [f"### {title}\n", table(json.loads(path.read_text())["runs"])]
-    before, rest = DOCUMENT.read_text(encoding="utf-8").split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
-    DOCUMENT.write_text(f"{before}{MARKS[0]}\n" + "\n".join(text) + f"\n{MARKS[1]}{after}", encoding="utf-8")
+    insert("text-moves", "\n".join(text))
+
+
+def insert(section: str, text: str, document: Path = DOCUMENT) -> None:
+    """Put a table between the marks of a section of a document."""
+    begin, end = (f"<!-- {section}: {mark} -->" for mark in ("begin", "end"))
+    before, rest = document.read_text(encoding="utf-8").split(begin)
+    after = rest.split(end)[1]
+    document.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
 
 
 # Requests -------------------------------------------------------------------------------------------------------------

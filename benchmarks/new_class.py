@@ -1,0 +1,172 @@
+"""A class that joins a trained network: from its description, or as a fresh output channel.
+
+    python benchmarks/new_class.py run --data FOLDER      trains, adapts and scores; goes on where it was stopped
+    python benchmarks/new_class.py tables                 the section of docs/text.md
+
+A network of each head is trained on a task without one class, whose voxels are background there, as they are in the
+files of people who have not asked for it yet. Then the class joins the task. With the text head the network goes on as
+it is and reads the class's sentences; with the fixed head its output channel begins anew, and all other weights stay.
+Both are scored at once (0 cases) and after a short training on 1, 3 and 5 cases in which all classes are drawn.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "apps" / "bipvl"))
+
+import torch  # noqa: E402
+import typer  # noqa: E402
+from monai.utils import set_determinism  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from accuracy_data import Patches, Preprocessed, find_cases, split_cases  # noqa: E402
+from accuracy_settings import FIELDS, SMALL  # noqa: E402
+from accuracy_training import train  # noqa: E402
+from common import RESULTS, save  # noqa: E402
+from lib import checkpoints  # noqa: E402
+from lib.nets import BiPVLSeg, build_model  # noqa: E402
+from lib.segment import predict  # noqa: E402
+from lib.tasks import Task, load_task  # noqa: E402
+from lib.trainers.objective import TrainingNetwork  # noqa: E402
+from text_moves import dice, insert  # noqa: E402
+
+WORK = Path.home() / ".cache" / "bipvl-accuracy"
+NAME = "new-class"
+SHOTS = (1, 3, 5)
+Case = dict[str, Any]
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command("run")
+def run_command(
+    data: Annotated[Path, typer.Option(help="folder of the data set")],
+    new: Annotated[list[str] | None, typer.Option(help="classes to hold out, each by itself")] = None,
+    seeds: int = 2,
+    steps: Annotated[int, typer.Option(help="of the training without the class")] = 150,
+    more: Annotated[int, typer.Option(help="steps with the labelled cases")] = 40,
+    work: Annotated[Path, typer.Option(help="preprocessed volumes")] = WORK,
+) -> None:
+    """Train, adapt and score."""
+    path = RESULTS / f"{NAME}.json"
+    runs: list[dict[str, Any]] = json.loads(path.read_text())["runs"] if path.is_file() else []
+    split = split_cases(find_cases(data))
+    full = load_task("acdc-mr", SMALL)
+    training, test = (
+        list(Preprocessed(full, cases, work / "volumes", FIELDS["small"]))
+        for cases in (split.training, _firsts(split.test))
+    )
+    for seed in range(seeds):
+        for name in new or ["right ventricle"]:
+            for head in ("text", "fixed"):
+                if any((r["seed"], r["new"], r["head"]) == (seed, name, head) for r in runs):
+                    continue
+                task = load_task("acdc-mr", {**SMALL, "model.head": head})
+                runs.append({"head": head, "new": name, "seed": seed, "steps": steps, "more": more})
+                runs[-1] |= one(task, name, training, test, seed, steps, more)
+                save(NAME, {"task": task.name, "training": len(training), "test": len(test), "runs": runs})
+
+
+@app.command("tables")
+def tables_command() -> None:
+    """Write the table into the document."""
+    insert(NAME, table(json.loads((RESULTS / f"{NAME}.json").read_text())["runs"]))
+
+
+def one(
+    task: Task, new: str, training: Sequence[Case], test: Sequence[Case], seed: int, steps: int, more: int
+) -> dict[str, Any]:
+    """Dice of each class: of the network without the new class, and of the one that has it, by its labelled cases."""
+    old = task.only([name for name in task.classes if name != new])
+    known = [{**case, "label": without(case["label"], task, old)} for case in training]
+    set_determinism(seed)
+    base = fit(build_model(old), old, known, steps, seed)
+    found: dict[str, Any] = {"before": score(base, old, task, test), "after": {}}
+    kept = checkpoints.checkpoint_of(base, old, {})
+    shuffled = torch.randperm(len(training), generator=torch.Generator().manual_seed(seed)).tolist()
+    for cases in (0, *SHOTS):
+        set_determinism(seed)
+        model = joined(kept, task)
+        if cases:
+            model = fit(model, task, [training[i] for i in shuffled[:cases]], more, seed)
+        found["after"][str(cases)] = score(model, task, task, test)
+        print(task.model.head, new, seed, cases, json.dumps(found["after"][str(cases)]), file=sys.stderr, flush=True)
+    return found
+
+
+def fit(model: BiPVLSeg, task: Task, volumes: Sequence[Case], steps: int, seed: int) -> BiPVLSeg:
+    """Train as a round does, from the weights that the model has."""
+    patches = Patches(task, volumes, steps, seed)
+    train(TrainingNetwork(model, task), task, patches, [patches[0]], torch.device("cpu"), "float32")
+    return model
+
+
+def joined(checkpoint: dict[str, Any], task: Task) -> BiPVLSeg:
+    """The network of a checkpoint with the classes of `task`: the text head's by description, as the server does it;
+    the fixed head's with a fresh channel for each class that the checkpoint does not know."""
+    if task.model.head == "text":
+        checkpoints.check_same_task(checkpoint, task)
+        return checkpoints.restore_model(checkpoint, "checkpoint", task)[0]
+    base, old = checkpoints.restore_model(checkpoint)
+    model = build_model(task, base.text.assets)
+    own, theirs = model.state_dict(), base.state_dict()
+    channels = [0, *(1 + task.classes.index(name) for name in old.classes)]  # where the old channels go
+    for key, value in theirs.items():
+        if own[key].shape == value.shape:
+            own[key] = value
+        else:
+            own[key][channels] = value
+    model.load_state_dict(own)
+    return model
+
+
+def without(label: Tensor, task: Task, old: Task) -> Tensor:
+    """A label of `task`, class indices, as one of `old`, which has some of its classes; the others are background."""
+    table = torch.tensor([0, *(1 + old.classes.index(c) if c in old.classes else 0 for c in task.classes)])
+    return table[label.long()].to(label.dtype)
+
+
+def score(model: BiPVLSeg, asked: Task, task: Task, test: Sequence[Case]) -> dict[str, float]:
+    """Mean Dice over cases of each class of `asked`, on the network's grid; labels are numbered as in `task`."""
+    model.eval()
+    found: dict[str, list[float]] = {name: [] for name in asked.classes}
+    with torch.no_grad():
+        for case in test:
+            mask = predict(model, case["image"], asked).probabilities.argmax(0)
+            label = case["label"].as_tensor()[0].long()
+            for i, name in enumerate(asked.classes, 1):
+                found[name].append(dice(mask, i, label, 1 + task.classes.index(name)))
+    return {name: round(statistics.mean(values), 4) for name, values in found.items()}
+
+
+def table(runs: Sequence[dict[str, Any]]) -> str:
+    """A row a held-out class, head and number of cases: Dice of the new class, and what the old ones lost."""
+    lines = [
+        "| class that joins | head | labelled cases | its Dice | Dice of the others before | after | seeds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for new, head in dict.fromkeys((r["new"], r["head"]) for r in runs):
+        some = [r for r in runs if (r["new"], r["head"]) == (new, head)]
+        before = statistics.mean(v for r in some for v in r["before"].values())
+        for cases in some[0]["after"]:
+            after = [r["after"][cases] for r in some]
+            others = statistics.mean(v for a in after for name, v in a.items() if name != new)
+            own = ", ".join(f"{a[new]:.2f}" for a in after)
+            lines.append(f"| {new} | {head} | {cases} | {own} | {before:.2f} | {others:.2f} | {len(some)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _firsts(cases: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """The first case of each patient."""
+    return list({case["patient"]: case for case in reversed(cases)}.values())
+
+
+if __name__ == "__main__":
+    app()
