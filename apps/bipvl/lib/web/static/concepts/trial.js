@@ -45,7 +45,7 @@ export class Trial {
     }
     const flat = spread(found.before.similarity)
     byId('collapse').hidden = flat >= TOLD_APART
-    byId('collapse').textContent = `The text of this version's classes is not told apart: no two rows differ by more than ${flat.toFixed(4)}. It has not learned to read; more training, or the text head, may help.`
+    byId('collapse').textContent = `The text vectors of this version's classes are not told apart: no two rows differ by more than ${flat.toFixed(4)}. These matrices say nothing about single classes.`
     const thinned = this.slices.step.some((s) => s > 1)
     byId('thinned').textContent = thinned ? `Shown is one voxel of ${this.slices.step.join(' × ')} (right-left, back-front, down-up); scores count all.` : ''
     this.choose()
