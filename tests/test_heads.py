@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from helpers import tiny_overlapping_task, tiny_task
+from lib import checkpoints
+from lib.checkpoints import CheckpointError
 from lib.nets import build_model
 from lib.nets.heads import TextClassEmbedding, TextHead, distinction
 from lib.trainers.objective import TrainingNetwork
@@ -214,3 +216,16 @@ def test_the_fixed_head_drops_nothing(monkeypatch):
         "lib.trainers.objective._some", lambda *_: pytest.fail("the fixed head has one channel a class")
     )
     network(image_for(task), label_for(task))
+
+
+def test_a_checkpoint_from_before_the_gain_is_refused_for_the_text_head_only(tmp_path):
+    for head in ("fixed", "text"):
+        task = task_for(head=head)
+        old = {**checkpoints.checkpoint_of(model_for(task), task, {}), "format": 1}
+        path = tmp_path / f"{head}.pt"
+        checkpoints.save(old, path)
+        if head == "fixed":
+            assert checkpoints.load(path)["format"] == 1
+        else:
+            with pytest.raises(CheckpointError, match="format 1"):
+                checkpoints.load(path)

@@ -17,7 +17,7 @@ from lib.files import write_atomic
 from lib.nets import BiPVLSeg, TextAssets, build_model
 from lib.tasks import Task, task_from_dict
 
-FORMAT = 1
+FORMAT = 2  # 1: before the gain of the text head's logits; the same for the fixed head
 # What makes the weights of one BERT fit, and mean the same in, another.
 BERT_FIELDS = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
@@ -64,10 +64,13 @@ def load(path: Path) -> dict[str, Any]:
     )
     if missing:
         raise CheckpointError(f"{path}: not a checkpoint of this app, it lacks {', '.join(sorted(missing))}")
-    if checkpoint["format"] != FORMAT:
-        raise CheckpointError(f"{path}: checkpoint format {checkpoint['format']}; this app reads format {FORMAT}")
+    if checkpoint["format"] not in (1, FORMAT):
+        raise CheckpointError(f"{path}: checkpoint format {checkpoint['format']}; this app reads 1 and {FORMAT}")
+    head = "fixed"
     with contextlib.suppress(KeyError, TypeError, AttributeError):  # `restore_model` says what is wrong with the task
-        checkpoint["task"]["model"].setdefault("head", "fixed")  # the only one there was
+        head = checkpoint["task"]["model"].setdefault("head", "fixed")  # the only one there was
+    if checkpoint["format"] == 1 and head == "text":
+        raise CheckpointError(f"{path}: of a text head before its logits had a gain (format 1); train it again")
     return checkpoint
 
 
