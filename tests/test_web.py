@@ -140,7 +140,7 @@ def test_ways_to_infer(server, studies):
         ("POST", "/infer/quickstart", {"files": {"file": ("x.exe", b"x")}}, 400, "must end in"),
         ("POST", "/infer/quickstart", {"files": {"file": ("x.nii", b"x")}}, 400, "cannot be read"),
         ("POST", "/activelearning/best", {}, 404, "unknown strategy 'best'; valid are "),
-        ("POST", "/scoring/dice", {}, 404, "unknown scoring method 'dice'; valid are none"),
+        ("POST", "/scoring/best", {}, 404, "unknown scoring method 'best'; valid are entropy, alignment, dice"),
         ("POST", "/train/unet", {}, 404, "unknown model 'unet'; valid are quickstart"),
         ("POST", "/train/quickstart?run_sync=true", {}, 400, "run_sync"),
         ("POST", "/batch/infer/unet", {}, 404, "unknown model"),
