@@ -32,7 +32,7 @@ import yaml  # noqa: E402
 
 from accuracy_data import Patches, Preprocessed, find_cases, split_cases  # noqa: E402
 from accuracy_report import (  # noqa: E402
-    insert,
+    SECTION,
     paper_row,
     plot_few_labels,
     plot_training,
@@ -50,6 +50,7 @@ from accuracy_training import (  # noqa: E402
     segment,
     train,
 )
+from documents import insert  # noqa: E402
 from lib import checkpoints  # noqa: E402
 from lib.files import write_json  # noqa: E402
 from lib.nets import BiPVLSeg  # noqa: E402
@@ -273,7 +274,7 @@ def tables_command(
     found = read_results(results, task, size)
     text = tables(found, task, size) if size == "small" else paper_row(found)
     if document:
-        insert(document, text)
+        insert(document, SECTION, text)
     else:
         print(text)
     if images:

@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 from accuracy_settings import ABLATIONS, FORMATS, SHUFFLED, VISION_ONLY, matrix  # noqa: E402
 
-BEGIN, END = "<!-- accuracy tables: begin -->", "<!-- accuracy tables: end -->"
+SECTION = "accuracy tables"
 NAMES = {
     "swin_unetr": "Swin UNETR",
     "swin_unetr_v2": "Swin UNETR V2",
@@ -148,19 +148,6 @@ def paper_row(results: list[Result]) -> str:
             cells = [_spread([r["scores"]["mean"][m] for r in found], f, 1) for m, f in METRIC_SCALE]
             lines.append([NAMES[model], str(len(found)), *cells, "see arXiv 2503.23534, Table 1"])
     return _table(["network", "folds", "DSC %", "HD95 mm", "NSD %", "paper"], lines)
-
-
-def insert(document: Path, text: str) -> None:
-    """Put the text between the document's markers.
-
-    Raises:
-        ValueError: the document has no markers.
-    """
-    content = document.read_text(encoding="utf-8")
-    if content.count(BEGIN) != 1 or content.count(END) != 1:
-        raise ValueError(f"{document}: expected one line {BEGIN!r} and one line {END!r}")
-    before, rest = content.split(BEGIN)
-    document.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
 
 # Plots ----------------------------------------------------------------------------------------------------------------

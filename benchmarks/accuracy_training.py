@@ -33,9 +33,8 @@ from lib.nets.text import Sentences
 from lib.nets.vision import build_vision
 from lib.segment import predict
 from lib.tasks import Task
-from lib.trainers.bipvl import LOG_SIGMA_FLOOR
 from lib.trainers.objective import TrainingNetwork
-from lib.trainers.recipe import build_schedule, clip_gradients
+from lib.trainers.recipe import build_schedule, descend
 from lib.transforms import restore
 from lib.volumes import align_label, read_volume
 
@@ -142,13 +141,8 @@ def train(
             parts = network(image.to(device), label.to(device))
         if not torch.isfinite(parts["loss"]):
             raise ValueError(f"the loss became {parts['loss'].item()} at step {step}; lower training.learning_rate")
-        parts["loss"].backward()
-        clip_gradients(optimizer)
-        optimizer.step()
+        descend(parts["loss"], optimizer, network.uncertainty if isinstance(network, TrainingNetwork) else None)
         schedule.step()
-        if isinstance(network, TrainingNetwork):
-            with torch.no_grad():
-                network.uncertainty.log_sigma.clamp_(min=LOG_SIGMA_FLOOR)
         window.append({name: float(value) for name, value in parts.items()})
         if step % every == 0 or step == steps:
             point = {name: round(sum(w[name] for w in window) / len(window), 4) for name in window[0]}

@@ -34,16 +34,16 @@ from accuracy import claim, commit, hardware  # noqa: E402
 from accuracy_data import Patches, Preprocessed, Split, find_cases, split_cases  # noqa: E402
 from accuracy_settings import Run  # noqa: E402
 from accuracy_training import build_network, optimizer_of, segment  # noqa: E402
-from active_learning_report import insert, plot, read_results, tables  # noqa: E402
+from active_learning_report import SECTION, plot, read_results, tables  # noqa: E402
+from documents import insert  # noqa: E402
 from lib.activelearning.ranking import RANKINGS, choose  # noqa: E402
 from lib.files import write_atomic, write_json  # noqa: E402
 from lib.metrics import dice_of_classes  # noqa: E402
 from lib.scoring.cache import CaseScores  # noqa: E402
 from lib.scoring.forward import score_case  # noqa: E402
 from lib.tasks import Task  # noqa: E402
-from lib.trainers.bipvl import LOG_SIGMA_FLOOR  # noqa: E402
 from lib.trainers.objective import TrainingNetwork  # noqa: E402
-from lib.trainers.recipe import build_schedule, clip_gradients  # noqa: E402
+from lib.trainers.recipe import build_schedule, descend  # noqa: E402
 from lib.transforms import decode  # noqa: E402
 from lib.volumes import align_label, read_volume  # noqa: E402
 
@@ -134,12 +134,8 @@ def learn(network: TrainingNetwork, bench: Bench, patients: Sequence[str], steps
         parts = network(image, label)
         if not torch.isfinite(parts["loss"]):
             raise ValueError(f"the loss became {parts['loss'].item()}; lower training.learning_rate")
-        parts["loss"].backward()
-        clip_gradients(optimizer)
-        optimizer.step()
+        descend(parts["loss"], optimizer, network.uncertainty)
         schedule.step()
-        with torch.no_grad():
-            network.uncertainty.log_sigma.clamp_(min=LOG_SIGMA_FLOOR)
         losses.append({name: float(value.detach()) for name, value in parts.items()})
     last = losses[-10:]
     return {name: round(sum(x[name] for x in last) / len(last), 4) for name in last[0]}
@@ -315,7 +311,7 @@ def tables_command(
     """Write tables and plot of all finished runs."""
     found = read_results(results, task, size, head)
     if document:
-        insert(document, tables(found))
+        insert(document, SECTION, tables(found))
         plot(found, image)
     else:
         print(tables(found))

@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 from scipy.stats import spearmanr  # noqa: E402
 
-BEGIN, END = "<!-- active-learning tables: begin -->", "<!-- active-learning tables: end -->"
+SECTION = "active-learning tables"
 ORDER = ("random", "first", "uncertainty", "alignment", "diverse", "combined")
 COLOURS = {
     "random": "#555555",
@@ -156,19 +156,6 @@ def plot(results: list[Result], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
-
-
-def insert(document: Path, text: str) -> None:
-    """Put the text between the document's markers.
-
-    Raises:
-        ValueError: the document has no markers.
-    """
-    content = document.read_text(encoding="utf-8")
-    if content.count(BEGIN) != 1 or content.count(END) != 1:
-        raise ValueError(f"{document}: expected one line {BEGIN!r} and one line {END!r}")
-    before, rest = content.split(BEGIN)
-    document.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
 
 def _dice_at(result: Result, patients: int) -> list[float]:

@@ -29,12 +29,12 @@ from torch import Tensor  # noqa: E402
 from accuracy_data import Preprocessed, find_cases, split_cases  # noqa: E402
 from accuracy_settings import FIELDS  # noqa: E402
 from common import RESULTS, save  # noqa: E402
+from documents import insert  # noqa: E402
 from injected import errors, painted  # noqa: E402
 from lib import agreement, checkpoints  # noqa: E402
 from lib.nets import BiPVLSeg  # noqa: E402
 from lib.segment import Prediction, predict  # noqa: E402
 from lib.tasks import Task  # noqa: E402
-from text_moves import insert  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "explanation.md"
 WORK = Path.home() / ".cache" / "bipvl-accuracy"
@@ -89,7 +89,7 @@ def run_command(
 def tables_command() -> None:
     """Write the tables into the document."""
     runs = json.loads((RESULTS / "explanation.json").read_text())["runs"]
-    insert("explanation", "\n".join(tables(runs)), DOCUMENT)
+    insert(DOCUMENT, "explanation", "\n".join(tables(runs)))
 
 
 def chosen(part: str, i: int, every: int) -> bool:

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from lib.nets import BiPVLSeg, build_model
 from lib.tasks import Task, task_from_dict
-from lib.trainers.bipvl import LOG_SIGMA_FLOOR
 from lib.trainers.objective import TrainingNetwork
-from lib.trainers.recipe import build_schedule, clip_gradients
+from lib.trainers.recipe import build_schedule, descend
 
 SIZE = (48, 32, 32)
 SIDES = ("left", "right")
@@ -99,10 +98,6 @@ def train(task: Task, steps: int, seed: int) -> BiPVLSeg:
     for _ in range(steps):
         loss = network(*draw(2, generator))["loss"]
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        clip_gradients(optimizer)
-        optimizer.step()
+        descend(loss, optimizer, network.uncertainty)
         schedule.step()
-        with torch.no_grad():
-            network.uncertainty.log_sigma.clamp_(min=LOG_SIGMA_FLOOR)
     return network.model.eval()

@@ -30,12 +30,13 @@ from accuracy_data import Patches, Preprocessed, find_cases, split_cases  # noqa
 from accuracy_settings import FIELDS, SMALL  # noqa: E402
 from accuracy_training import train  # noqa: E402
 from common import RESULTS, save  # noqa: E402
+from documents import insert  # noqa: E402
 from lib import checkpoints  # noqa: E402
 from lib.nets import BiPVLSeg, build_model  # noqa: E402
 from lib.segment import predict  # noqa: E402
 from lib.tasks import Task, load_task  # noqa: E402
 from lib.trainers.objective import TrainingNetwork  # noqa: E402
-from text_moves import dice, insert  # noqa: E402
+from text_moves import DOCUMENT, dice  # noqa: E402
 
 WORK = Path.home() / ".cache" / "bipvl-accuracy"
 NAME = "new-class"
@@ -77,7 +78,7 @@ def run_command(
 @app.command("tables")
 def tables_command() -> None:
     """Write the table into the document."""
-    insert(NAME, table(json.loads((RESULTS / f"{NAME}.json").read_text())["runs"]))
+    insert(DOCUMENT, NAME, table(json.loads((RESULTS / f"{NAME}.json").read_text())["runs"]))
 
 
 def one(

@@ -38,7 +38,7 @@ from common import (
 from lib.allocator import keep_freed_memory
 from lib.losses import segmentation_loss
 from lib.trainers.objective import TrainingNetwork
-from lib.trainers.recipe import clip_gradients
+from lib.trainers.recipe import descend
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 Vision = Annotated[str, typer.Option(help="swin_unetr (V1) or swin_unetr_v2")]
@@ -211,9 +211,7 @@ class Step:
                 loss = self.network(self.image, self.label)["loss"]
             else:
                 loss = segmentation_loss(self.network(self.image), self.label)
-        loss.backward()
-        clip_gradients(self.optimizer)
-        self.optimizer.step()
+        descend(loss, self.optimizer)
 
 
 Patch = Annotated[int, typer.Option(help="voxels a side")]

@@ -28,6 +28,7 @@ from torch import Tensor  # noqa: E402
 import laterality  # noqa: E402
 from accuracy_data import Preprocessed, find_cases, split_cases  # noqa: E402
 from common import RESULTS, save  # noqa: E402
+from documents import insert  # noqa: E402
 from lib import checkpoints  # noqa: E402
 from lib.nets import BiPVLSeg  # noqa: E402
 from lib.segment import predict  # noqa: E402
@@ -93,15 +94,7 @@ def tables_command() -> None:
         path = RESULTS / f"text-moves-{name}.json"
         if path.is_file():
             text += [f"### {title}\n", table(json.loads(path.read_text())["runs"])]
-    insert("text-moves", "\n".join(text))
-
-
-def insert(section: str, text: str, document: Path = DOCUMENT) -> None:
-    """Put a table between the marks of a section of a document."""
-    begin, end = (f"<!-- {section}: {mark} -->" for mark in ("begin", "end"))
-    before, rest = document.read_text(encoding="utf-8").split(begin)
-    after = rest.split(end)[1]
-    document.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+    insert(DOCUMENT, "text-moves", "\n".join(text))
 
 
 # Requests -------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import accuracy_training as training  # noqa: E402
 from accuracy import claim, execute, missing  # noqa: E402
 from accuracy_data import Patches, Preprocessed, find_cases, split_cases  # noqa: E402
 from accuracy_settings import VISION_ONLY, Run, matrix, with_shuffled_text  # noqa: E402
+from documents import insert  # noqa: E402
 from lib.nets import build_model  # noqa: E402
 from lib.nets.fusion import BiFusion, IdentityFusion  # noqa: E402
 
@@ -235,9 +236,10 @@ def test_tables_show_mean_and_spread_and_what_is_missing(tmp_path: Path) -> None
     assert "3 of 50 runs of the matrix are done" in text
     assert "`bipvl-fixed_s0`" in text
     document = tmp_path / "page.md"
-    document.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    report.insert(document, text)
-    report.insert(document, text)
-    assert document.read_text() == f"before\n{report.BEGIN}\n\n{text}\n\n{report.END}\nafter\n"
+    begin, end = "<!-- accuracy tables: begin -->", "<!-- accuracy tables: end -->"
+    document.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    insert(document, report.SECTION, text)
+    insert(document, report.SECTION, text)
+    assert document.read_text() == f"before\n{begin}\n\n{text}\n\n{end}\nafter\n"
     with pytest.raises(ValueError, match="expected one line"):
-        report.insert(tmp_path / f"{results[0]['name']}.json", text)
+        insert(tmp_path / f"{results[0]['name']}.json", report.SECTION, text)

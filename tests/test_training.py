@@ -20,6 +20,7 @@ from lib.report import Examined
 from lib.tasks import load_task
 from lib.trainers import BiPVLTrain, rounds
 from lib.trainers import bipvl as trainer_module
+from lib.trainers.recipe import LOG_SIGMA_FLOOR
 from lib.trainers.rounds import Round
 from lib.versions import CheckpointError, Versions
 
@@ -142,7 +143,7 @@ def test_sigmas_are_trained_without_weight_decay_and_bounded(tmp_path):
     assert [p.shape for p in groups[2]["params"]] == [(3,)]
     counted = sum(p.numel() for g in groups for p in g["params"])
     assert counted == sum(p.numel() for p in context.network.parameters()), "every parameter is optimised (defect 1)"
-    assert math.exp(trainer_module.LOG_SIGMA_FLOOR) == pytest.approx(0.1)
+    assert math.exp(LOG_SIGMA_FLOOR) == pytest.approx(0.1)
 
 
 def test_a_broken_case_is_set_aside_and_the_rest_trains(studies, tmp_path, caplog):

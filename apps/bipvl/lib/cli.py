@@ -16,6 +16,7 @@ from rich.table import Table
 
 from lib import concept_cli, metrics
 from lib.cases import Case, read_datalist
+from lib.concept_cli import DEFAULT_MODELS
 from lib.infers import BiPVLInfer
 from lib.phantom import write_studies
 from lib.picture import picture as draw_picture
@@ -31,7 +32,6 @@ versions_app = typer.Typer(help="List published versions, look at one, serve ano
 app.add_typer(versions_app, name="versions")
 app.add_typer(concept_cli.app, name="concepts")
 console = Console()
-DEFAULT_MODELS = Path(__file__).resolve().parents[1] / "model"
 
 TaskOption = Annotated[str, typer.Option("--task", help="name of a shipped task, or path of your own task file")]
 DataOption = Annotated[Path, typer.Option("--data", help="MONAI Label folder (labels in labels/final), or a JSON list")]

@@ -32,7 +32,7 @@ from lib.trainers import rounds
 from lib.trainers.evaluation import masks, score_cases
 from lib.trainers.judging import checkpoint_of, publish
 from lib.trainers.objective import TrainingNetwork, unwrapped
-from lib.trainers.recipe import build_schedule, clip_gradients
+from lib.trainers.recipe import build_schedule, descend
 from lib.trainers.rounds import Fold, Round
 from lib.trainers.tracking import Tracker
 from lib.transforms import augment, load
@@ -40,9 +40,6 @@ from lib.versions import Versions
 
 logger = logging.getLogger(__name__)
 
-# Eq. (15) drives sigma to the root of its loss: a loss that nearly vanishes for a while would get a weight of
-# thousands, and its next large value would drown the others. At the floor the weight is 50.
-LOG_SIGMA_FLOOR = math.log(0.1)
 FOLDS = range(2, 5)  # with so few cases each validates once, in cross-validation; with more, some always do
 
 
@@ -296,11 +293,7 @@ class BiPVLTrain(BasicTrainTask):
             raise ValueError(
                 f"the loss became {parts['loss'].item()} in epoch {engine.state.epoch}; lower learning_rate"
             )
-        parts["loss"].backward()
-        clip_gradients(engine.optimizer)
-        engine.optimizer.step()
-        with torch.no_grad():
-            unwrapped(engine.network).uncertainty.log_sigma.clamp_(min=LOG_SIGMA_FLOOR)
+        descend(parts["loss"], engine.optimizer, unwrapped(engine.network).uncertainty)
         return {**parts, "loss": parts["loss"].detach()}
 
     def _validate_case(self, engine: Any, batch: dict[str, Any]) -> list[dict[str, Tensor]]:

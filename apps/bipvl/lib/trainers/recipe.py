@@ -6,11 +6,16 @@ import math
 from functools import partial
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from lib.losses import UncertaintyWeights
 from lib.tasks import Training
 
+# Eq. (15) drives sigma to the root of its loss: a loss that nearly vanishes for a while would get a weight of
+# thousands, and its next large value would drown the others. At the floor the weight is 50.
+LOG_SIGMA_FLOOR = math.log(0.1)
 CLIP = 1.0  # largest norm of the gradient of one parameter group
 
 
@@ -40,3 +45,13 @@ def clip_gradients(optimizer: Optimizer) -> list[float]:
     down the gradients of parts that it says nothing about, and Adam keeps that for a thousand steps.
     """
     return [float(torch.nn.utils.clip_grad_norm_(group["params"], CLIP)) for group in optimizer.param_groups]
+
+
+def descend(loss: Tensor, optimizer: Optimizer, uncertainty: UncertaintyWeights | None = None) -> None:
+    """One optimiser step down a loss, its gradients clipped and the sigmas held above their floor."""
+    loss.backward()
+    clip_gradients(optimizer)
+    optimizer.step()
+    if uncertainty is not None:
+        with torch.no_grad():
+            uncertainty.log_sigma.clamp_(min=LOG_SIGMA_FLOOR)
