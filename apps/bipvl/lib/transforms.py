@@ -236,7 +236,7 @@ def restore(probabilities: Tensor, image: MetaTensor | Mapping[str, Any], task: 
     to_source = torch.linalg.solve(network, original)
     axes = parallel_axes(to_source)
     if axes is None:
-        _restore_sheared(source, network, original, task, volume)
+        resample_all(source, network, original, task, volume)
         return volume
     grid = Grid(source, to_source, axes, shape, partial(decode, task=task))
     within = volume[grid.box]
@@ -249,8 +249,9 @@ def restore(probabilities: Tensor, image: MetaTensor | Mapping[str, Any], task: 
     return volume
 
 
-def _restore_sheared(source: Tensor, network: Tensor, original: Tensor, task: Task, volume: np.ndarray) -> None:
-    """`restore` where a file's axes are not perpendicular, which those of the network's grid always are."""
+def resample_all(source: Tensor, network: Tensor, original: Tensor, task: Task, volume: np.ndarray) -> None:
+    """`restore` into `volume` by resampling every voxel: for files whose axes are not perpendicular, which those of the
+    network's grid always are."""
     for part, slab, inside in _resampled(source, network, original, volume.shape):
         volume[..., part] = np.where(inside, decode(slab, task).cpu().numpy(), 0)
 
