@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lib.nets.vision import BACKBONES
 from lib.tasks import Task, load_task
 
 VISION_ONLY = ("swin_unetr", "swin_unetr_v2", "unetr", "unet", "unetpp", "dynunet", "mednext")
@@ -30,8 +31,10 @@ SMALL_ITERATIONS = 200
 FIELDS: dict[str, tuple[float, float]] = {"small": (192.0, 192.0)}
 SIZES: dict[str, dict[str, Any]] = {"small": SMALL, "paper": {}}
 
-# The paper's Table 3 (ablations) and Table 2 (text formats), and text of the wrong class already in training.
+# The paper's Table 3 (ablations) and Table 2 (text formats), text of the wrong class already in training, and what
+# Swin UNETR gains from class maps of its decoder without any text.
 ABLATIONS: dict[str, dict[str, Any]] = {
+    "paper-embedding": {"model.class_embedding": "last"},
     "no-local": {"training.local_weight": 0.0},
     "no-alignment": {"training.local_weight": 0.0, "training.global_weight": 0.0},
     "late-fusion": {"model.fusion": "late"},
@@ -39,7 +42,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 }
 FORMATS: dict[str, dict[str, Any]] = {name: {"model.text_format": name} for name in ("ambiguous", "definition", "name")}
 SHUFFLED = "shuffled-training"
-VARIANTS: dict[str, dict[str, Any]] = {"": {}, **ABLATIONS, **FORMATS, SHUFFLED: {}}
+SUPERVISED = "deep-supervision"
+VARIANTS: dict[str, dict[str, Any]] = {"": {}, **ABLATIONS, **FORMATS, SHUFFLED: {}, SUPERVISED: {}}
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,10 @@ class Run:
         for name, valid in choices:
             if getattr(self, name) not in valid:
                 raise ValueError(f"{name} {getattr(self, name)!r}: valid are {', '.join(v or repr(v) for v in valid)}")
-        if self.variant and self.model != "bipvl":
+        if self.variant and self.model != "bipvl" and self.variant != SUPERVISED:
             raise ValueError(f"variant {self.variant!r} changes the text, and {self.model!r} reads none")
+        if self.variant == SUPERVISED and self.model not in BACKBONES:
+            raise ValueError(f"variant {self.variant!r}: valid models are {', '.join(BACKBONES)}")
         if self.fold not in (None, 0, 1, 2):
             raise ValueError(f"fold {self.fold}: valid are 0, 1, 2")
 
@@ -136,7 +142,8 @@ def matrix(task: str, size: str, seeds: int = 3, paper_protocol: bool = False) -
     if paper_protocol:
         models = [plain, fixed, text, *({"model": m} for m in others)]
         return [Run(task, size=size, fold=fold, **m) for m in models for fold in range(3)]
-    runs = [Run(task, size=size, seed=s, **m) for s in range(seeds) for m in (plain, fixed, text)]
+    supervised = {**plain, "variant": SUPERVISED}
+    runs = [Run(task, size=size, seed=s, **m) for s in range(seeds) for m in (plain, fixed, text, supervised)]
     runs += [Run(task, size=size, train_patients=n, **m) for n in (4, 8, 16) for m in (plain, fixed, text)]
     runs += [Run(task, "bipvl", variant=v, size=size) for v in ABLATIONS]
     runs += [Run(task, "bipvl", variant=v, size=size) for v in (SHUFFLED, *FORMATS)]

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from accuracy_data import Patches
-from accuracy_settings import Run
+from accuracy_settings import SUPERVISED, Run
 from lib.alignment import unit
-from lib.losses import segmentation_loss
+from lib.losses import class_map_loss, segmentation_loss
 from lib.metrics import METRICS, Row, evaluate_volumes, summary
 from lib.nets import BiPVLSeg, build_model
 from lib.nets.bipvl import Output
-from lib.nets.heads import FixedHead
+from lib.nets.heads import LEVELS, FixedHead
 from lib.nets.text import Sentences
 from lib.nets.vision import build_vision
 from lib.segment import predict
@@ -46,10 +46,18 @@ PROBE_PATCHES = 2
 
 
 class VisionOnly(nn.Module):
-    """A network of MONAI behind the interface of `lib.segment.predict`; it reads no text."""
+    """A network of MONAI behind the interface of `lib.segment.predict`; it reads no text.
 
-    def __init__(self, name: str, task: Task) -> None:
+    Args:
+        name: of the network.
+        task: sizes and classes.
+        supervised: predict class maps at the decoder's three lower resolutions in training, as BiPVL-Seg does, from a
+            channel a class.
+    """
+
+    def __init__(self, name: str, task: Task, supervised: bool = False) -> None:
         super().__init__()
+        self.maps: nn.ModuleList | None = None
         self.rows = len(task.classes), len(task.text_rows()[0])
         spec, channels = task.model, len(task.channels)
         if name == "dynunet":
@@ -64,11 +72,30 @@ class VisionOnly(nn.Module):
             own = {"heads": spec.swin_heads} if name.startswith("swin") else {}
             backbone = build_vision(name, channels, task.patch, spec.feature_size, spec.checkpointing, **own)
             self.net = nn.Sequential(backbone, FixedHead(backbone.feature_width, task.out_channels))
+            if supervised:
+                widths = backbone.decoder_widths[:LEVELS]
+                self.maps = nn.ModuleList(
+                    nn.Sequential(ChannelNorm(width), nn.Conv3d(width, task.out_channels, 1)) for width in widths
+                )
 
     def forward(self, image: Tensor, sentences: Sentences | None = None) -> Output:
-        logits = self.net(image)
+        maps: list[Tensor] = []
+        if self.maps is None or not self.training:
+            logits = self.net(image)
+        else:
+            backbone, head = self.net
+            *coarse, features = backbone.decoded(image)
+            logits = head(features)
+            maps = [m(x) for m, x in zip(self.maps, coarse, strict=True)]
         nothing = logits.new_zeros(len(image), *self.rows, 1)
-        return Output(logits, logits, nothing, nothing, nothing[:, :, 0], nothing[..., 0], nothing[:, :, 0])
+        return Output(logits, maps, nothing, nothing, nothing[:, :, 0], nothing[..., 0], nothing[:, :, 0])
+
+
+class ChannelNorm(nn.LayerNorm):
+    """Layer norm over the channels of each place, as the class maps of BiPVL-Seg have it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.movedim(1, -1)).movedim(-1, 1)
 
 
 class VisionTraining(nn.Module):
@@ -79,8 +106,13 @@ class VisionTraining(nn.Module):
         self.model, self.task = model, task
 
     def forward(self, image: Tensor, label: Tensor) -> dict[str, Tensor]:
-        loss = segmentation_loss(self.model(image).logits, label, self.task.overlapping)
-        return {"loss": loss, "segmentation": loss.detach()}
+        output = self.model(image)
+        loss = segmentation_loss(output.logits, label, self.task.overlapping)
+        parts = {"segmentation": loss.detach()}
+        if output.class_maps:
+            maps = torch.stack([class_map_loss(m, label, self.task.overlapping) for m in output.class_maps]).mean()
+            loss, parts["class_embedding"] = loss + maps, maps.detach()
+        return {"loss": loss, **parts}
 
 
 def build_network(run: Run, task: Task) -> TrainingNetwork | VisionTraining:
@@ -88,7 +120,7 @@ def build_network(run: Run, task: Task) -> TrainingNetwork | VisionTraining:
     set_determinism(run.seed)
     if run.model == "bipvl":
         return TrainingNetwork(build_model(task), task)
-    return VisionTraining(VisionOnly(run.model, task), task)
+    return VisionTraining(VisionOnly(run.model, task, run.variant == SUPERVISED), task)
 
 
 def optimizer_of(network: TrainingNetwork | VisionTraining, task: Task) -> torch.optim.AdamW:

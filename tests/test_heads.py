@@ -7,7 +7,7 @@ from helpers import tiny_overlapping_task, tiny_task
 from lib import checkpoints
 from lib.checkpoints import CheckpointError
 from lib.nets import build_model
-from lib.nets.heads import TextClassEmbedding, TextHead, distinction
+from lib.nets.heads import ClassPyramid, TextHead, distinction
 from lib.trainers.objective import TrainingNetwork
 
 PATCH = (64, 32, 32)
@@ -56,17 +56,34 @@ def test_logits_are_features_times_what_the_text_says(overlapping):
 
 
 @pytest.mark.parametrize("overlapping", [False, True])
-def test_class_map_compares_each_place_with_the_text(overlapping):
-    embedding = TextClassEmbedding(8, 6, 7, overlapping).eval()
-    v4, concepts, apart = torch.randn(2, 8, 3, 3, 3), torch.randn(2, 5, 4, 6), torch.randn(5, 7)
-    with torch.no_grad():
-        class_map, vectors = embedding(v4, concepts, apart)
-        query = embedding.mlp(embedding.norm(v4[1, :, 2, 0, 1]))
-        key = embedding.reader(concepts[1, 3].mean(0), apart[3])
+def test_class_maps_compare_each_place_with_the_text(overlapping):
+    pyramid = ClassPyramid((8, 6, 4), 16, 7, overlapping)
+    decoded = [torch.randn(2, width, *[side] * 3) for width, side in ((8, 2), (6, 4), (4, 8))]
+    concepts, apart = torch.randn(2, 5, 4, 16), torch.randn(5, 7)
     first = 0 if overlapping else 1
-    assert class_map.shape == (2, first + 5, 3, 3, 3)
-    torch.testing.assert_close(class_map[1, first + 3, 2, 0, 1], query @ key / 2)  # 4 numbers a query
-    torch.testing.assert_close(vectors, class_map[:, first:].flatten(2))  # a map of 3 x 3 x 3 is its own grid
+    with torch.no_grad():
+        maps, vectors = pyramid(torch.zeros(0), decoded, concepts, apart)
+        key = pyramid.reader(concepts[1, 3].mean(0), apart[3])
+        for n, side in enumerate((2, 4, 8)):
+            query = pyramid.queries[n](pyramid.norms[n](decoded[n][1, :, 1, 0, 1]))
+            assert maps[n].shape == (2, first + 5, *[side] * 3)
+            torch.testing.assert_close(maps[n][1, first + 3, 1, 0, 1], query @ key * 8 / 4)  # gain 8, 16 numbers
+        alone, same = pyramid.eval()(torch.zeros(0), decoded, concepts, apart)
+    assert len(alone) == 1, "outside training the vectors' level alone"
+    assert torch.equal(alone[0], maps[1])
+    assert torch.equal(vectors, same)
+
+
+def test_the_vector_of_a_class_is_the_mean_of_the_places_that_show_it():
+    """Two classes, each certain of two of the four places at the middle level."""
+    pyramid = ClassPyramid((4, 2, 4), 2, 3, overlapping=False).eval()
+    pyramid.norms[1], pyramid.queries[1] = torch.nn.Identity(), torch.nn.Identity()
+    pyramid.reader.forward = lambda text, apart: 100 * torch.eye(2)[None]
+    with torch.no_grad():
+        pyramid.background.fill_(10)
+        places = torch.tensor([[1.0, 0], [3, 0], [0, 5], [0, 1]]).T.reshape(1, 2, 4, 1, 1)
+        _, vectors = pyramid(torch.zeros(0), [None, places, None], torch.zeros(1, 2, 1, 2), torch.zeros(2, 3))
+    torch.testing.assert_close(vectors, torch.tensor([[[2.0, 0], [0, 3.0]]]), rtol=1e-3, atol=1e-3)
 
 
 def test_distinction_is_the_difference_from_the_tasks_mean_at_size_one():
@@ -94,8 +111,10 @@ def test_permuted_sentences_permute_the_masks(vision, overlapping):
         straight = model(image)
         moved = model(image, model.text.tokenize([rows[i] for i in order]))
     channels = order if overlapping else [0, *(1 + i for i in order)]
-    for name in ("logits", "class_map"):
-        ours, theirs = getattr(moved, name), getattr(straight, name)
+    for name, ours, theirs in (
+        ("logits", moved.logits, straight.logits),
+        ("class map", moved.class_maps[0], straight.class_maps[0]),
+    ):
         torch.testing.assert_close(ours, theirs[:, channels], rtol=1e-3, atol=1e-4)
         assert not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-3), f"{name} must tell the classes apart"
     for name in ("concept_rows", "concepts", "vision", "weights", "text"):
@@ -126,7 +145,7 @@ def test_one_class_and_twenty_through_the_same_weights():
             rows = [[f"thing {i}, part {k}" for k in range(6)] for i in range(count)]
             output = model(image, model.text.tokenize(rows))
             assert output.logits.shape == (1, 1 + count, *PATCH)
-            assert all(torch.isfinite(part).all() for part in output)
+            assert all(torch.isfinite(part).all() for part in (*output.class_maps, *output[:1], *output[2:]))
 
 
 @pytest.mark.parametrize("text_format", ["concepts", "ambiguous", "definition", "name"])
@@ -218,14 +237,22 @@ def test_the_fixed_head_drops_nothing(monkeypatch):
     network(image_for(task), label_for(task))
 
 
-def test_a_checkpoint_from_before_the_gain_is_refused_for_the_text_head_only(tmp_path):
-    for head in ("fixed", "text"):
-        task = task_for(head=head)
-        old = {**checkpoints.checkpoint_of(model_for(task), task, {}), "format": 1}
+def test_a_checkpoint_from_before_the_decoders_class_maps(tmp_path):
+    """A fixed head goes on with the paper's class embedding; the text head was another network."""
+    for head, embedding in (("fixed", "last"), ("text", "decoder")):
+        task = task_for(head=head, class_embedding=embedding)
+        old = {**checkpoints.checkpoint_of(model_for(task), task, {}), "format": 2}
+        del old["task"]["model"]["class_embedding"]
         path = tmp_path / f"{head}.pt"
         checkpoints.save(old, path)
         if head == "fixed":
-            assert checkpoints.load(path)["format"] == 1
+            _, restored = checkpoints.restore_model(checkpoints.load(path), path)
+            assert restored.model.class_embedding == "last"
         else:
-            with pytest.raises(CheckpointError, match="format 1"):
+            with pytest.raises(CheckpointError, match="format 2"):
                 checkpoints.load(path)
+
+
+def test_the_papers_class_embedding_has_a_channel_a_class():
+    with pytest.raises(ValueError, match="head 'text' needs 'decoder'"):
+        task_for(class_embedding="last")

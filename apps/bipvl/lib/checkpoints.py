@@ -17,7 +17,7 @@ from lib.files import write_atomic
 from lib.nets import BiPVLSeg, TextAssets, build_model
 from lib.tasks import Task, task_from_dict
 
-FORMAT = 2  # 1: before the gain of the text head's logits; the same for the fixed head
+FORMAT = 3  # before 3 a fixed head had the paper's class embedding; a text head was another network
 # What makes the weights of one BERT fit, and mean the same in, another.
 BERT_FIELDS = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
@@ -64,13 +64,19 @@ def load(path: Path) -> dict[str, Any]:
     )
     if missing:
         raise CheckpointError(f"{path}: not a checkpoint of this app, it lacks {', '.join(sorted(missing))}")
-    if checkpoint["format"] not in (1, FORMAT):
-        raise CheckpointError(f"{path}: checkpoint format {checkpoint['format']}; this app reads 1 and {FORMAT}")
-    head = "fixed"
-    with contextlib.suppress(KeyError, TypeError, AttributeError):  # `restore_model` says what is wrong with the task
-        head = checkpoint["task"]["model"].setdefault("head", "fixed")  # the only one there was
-    if checkpoint["format"] == 1 and head == "text":
-        raise CheckpointError(f"{path}: of a text head before its logits had a gain (format 1); train it again")
+    if checkpoint["format"] not in range(1, FORMAT + 1):
+        raise CheckpointError(f"{path}: checkpoint format {checkpoint['format']}; this app reads 1 to {FORMAT}")
+    if checkpoint["format"] < FORMAT:
+        head = "fixed"
+        with contextlib.suppress(KeyError, TypeError, AttributeError):  # `restore_model` says what is wrong with it
+            model = checkpoint["task"]["model"]
+            head = model.setdefault("head", "fixed")  # the only one there was
+            model.setdefault("class_embedding", "last")
+        if head == "text":
+            raise CheckpointError(
+                f"{path}: of a text head without the decoder's class maps (format {checkpoint['format']}); "
+                "train it again"
+            )
     return checkpoint
 
 
@@ -149,6 +155,7 @@ def check_same_task(checkpoint: dict[str, Any], task: Task, path: Path | str = "
             ("feature size", theirs.model.feature_size, task.model.feature_size),
             ("fusion", theirs.model.fusion, task.model.fusion),
             ("head", theirs.model.head, task.model.head),
+            ("class embedding", theirs.model.class_embedding, task.model.class_embedding),
             ("projection", theirs.model.projection, task.model.projection),
         )
         if a != b

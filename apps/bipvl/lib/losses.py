@@ -141,7 +141,7 @@ def segmentation_loss(
     return dice_loss(logits, label, overlapping, classes) + cross_entropy_loss(logits, label, overlapping, classes)
 
 
-# class embedding, Eq. 3
+# class embedding: Eq. 3, and of the decoder
 
 
 @full_precision
@@ -175,6 +175,46 @@ def class_embedding_loss(class_map: Tensor, logits: Tensor, overlapping: bool = 
     if overlapping:
         return F.binary_cross_entropy_with_logits(class_map, (share > 0.5).to(class_map.dtype))
     return F.cross_entropy(class_map, share.argmax(1))
+
+
+@full_precision
+def class_map_loss(
+    class_map: Tensor, label: Tensor, overlapping: bool = False, classes: Tensor | None = None
+) -> Tensor:
+    r"""Dice and cross-entropy of a class map against what of each of its cells the label gives each class.
+
+    .. math:: L = 1 - \frac{1}{J} \sum_j \frac{2 \sum_i s_{ij} p_{ij}}{\sum_i s_{ij}^2 + \sum_i p_{ij}^2}
+              - \frac{1}{I} \sum_i \sum_j s_{ij} \log p_{ij}
+
+    In place of Eq. 3 for the class embedding of the decoder. s_ij is the share of cell i that class j takes, p as in
+    `dice_loss`; where s is 0 or 1 this is the segmentation loss of the cells. Overlapping: binary cross-entropy.
+
+    Args:
+        class_map: (B, channels, h, w, d), logits.
+        label, overlapping, classes: see `segmentation_loss`; the label is at full resolution.
+
+    Returns:
+        Scalar, at least 0. Where cells are shared it stays above 0: the least cross-entropy is the entropy of s.
+
+    >>> label = torch.tensor([[[[[0, 1]]]]])  # two voxels, one cell: half of it is class 1
+    >>> round(class_map_loss(torch.zeros(1, 2, 1, 1, 1), label).item(), 4)  # Dice 0, log 2
+    0.6931
+    """
+    mask = _all_or(classes, class_map)
+    size = class_map.shape[2:]
+    if overlapping:
+        share = F.adaptive_avg_pool3d(label.to(class_map.dtype), size)  # type: ignore[arg-type]
+        dice = DiceLoss(sigmoid=True, squared_pred=True, reduction="none")(class_map, share)
+        entropy = F.binary_cross_entropy_with_logits(class_map, share, reduction="none").flatten(2).mean(2)
+        return _mean_over(dice.flatten(1) + entropy, mask)
+    if classes is not None:
+        class_map, label, mask = _only_annotated(class_map, label, classes)
+    share = F.one_hot(label[:, 0].long(), class_map.shape[1]).movedim(-1, 1).to(class_map.dtype)
+    share = F.adaptive_avg_pool3d(share, size)  # type: ignore[arg-type]
+    dice = DiceLoss(softmax=True, squared_pred=True, reduction="none")(class_map, share)
+    # A channel that was merged into the background has log 0 here, and a share of 0.
+    log_p = class_map.log_softmax(1).masked_fill(share == 0, 0)
+    return _mean_over(dice.flatten(1), mask) - (share * log_p).sum(1).mean()
 
 
 # alignment, Eqs. 5-9

@@ -119,7 +119,14 @@ class ModelSpec(_Model):
     fusion_attention: Literal["windowed", "full"] = "windowed"
     projection: Annotated[int, Field(ge=8)] = 256
     head: Literal["fixed", "text"] = "fixed"  # a channel a class (paper), or logits from the class's sentences
+    class_embedding: Literal["decoder", "last"] = "decoder"  # class maps of the decoder, or of V_4 (paper)
     checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _reads(self) -> ModelSpec:
+        if self.head == "text" and self.class_embedding == "last":
+            raise ValueError("class_embedding 'last' has a channel a class; head 'text' needs 'decoder'")
+        return self
 
     @model_validator(mode="after")
     def _swin_width(self) -> ModelSpec:
@@ -138,7 +145,9 @@ class Training(_Model):
     batch_size: Annotated[int, Field(ge=1)] = 1
     patches_per_case: Annotated[int, Field(ge=1)] = 2
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    language_learning_rate: Annotated[float, Field(gt=0)] = 1e-4  # of text encoder, fusion, alignment
+    language_learning_rate: Annotated[float, Field(gt=0)] = (
+        1e-4  # of the text encoder; what joins it to vision: geometric mean
+    )
     min_learning_rate: Annotated[float, Field(ge=0)] = 1e-7
     warm_up: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of a round over which the rates rise
     weight_decay: Annotated[float, Field(ge=0)] = 1e-5

@@ -10,14 +10,13 @@ Segmentation", arXiv 2503.23534, section 3. The heads: `lib.nets.heads`.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from lib.alignment import aggregate_text, concept_weights
 from lib.nets.fusion import WINDOW, BiFusion, IdentityFusion
-from lib.nets.heads import GRID, ClassEmbedding, FixedHead, TextClassEmbedding, TextHead, distinction
+from lib.nets.heads import LEVELS, ClassEmbedding, ClassPyramid, FixedHead, TextHead, distinction
 from lib.nets.text import Sentences, StageDividedBert, TextAssets, TextStates, build_text
 from lib.nets.vision import STAGES, VisionBackbone, build_vision
 from lib.tasks import Task
@@ -27,7 +26,7 @@ class Output(NamedTuple):
     """What the network returns; `channels` counts the background where classes exclude each other.
 
     logits: (B, channels, H, W, D).
-    class_map: (B, channels, h, w, d), the class embedding of Eq. (3) at the last stage's resolution.
+    class_maps: (B, channels, h, w, d) each, coarse to fine: scores of places for classes (`lib.nets.heads`).
     concept_rows: (B, C, K, E), the fused text rows t_k.
     concepts: (B, C, K, P), the rows in the common space of the alignment losses.
     vision: (B, C, P), one vision vector a class in that space.
@@ -36,7 +35,7 @@ class Output(NamedTuple):
     """
 
     logits: Tensor
-    class_map: Tensor
+    class_maps: list[Tensor]
     concept_rows: Tensor
     concepts: Tensor
     vision: Tensor
@@ -51,8 +50,8 @@ class BiPVLSeg(nn.Module):
         vision: the vision backbone.
         text: the text encoder, holding the sentences of the C classes.
         fusion: one block a stage, (rows, map) → (rows, map).
-        embedding: the class-embedding head on the last fused map.
-        head: from the decoder's features to logits; fixed or reading, as the embedding is.
+        embedding: what each class looks like in the image; of the decoder, or of the last fused map (paper).
+        head: from the decoder's features to logits; fixed or reading.
         projection: P, width of the common space.
     """
 
@@ -61,7 +60,7 @@ class BiPVLSeg(nn.Module):
         vision: VisionBackbone,
         text: StageDividedBert,
         fusion: nn.ModuleList,
-        embedding: ClassEmbedding,
+        embedding: ClassPyramid | ClassEmbedding,
         head: FixedHead | TextHead,
         projection: int,
     ) -> None:
@@ -72,7 +71,7 @@ class BiPVLSeg(nn.Module):
         self.embedding = embedding
         self.head = head
         self.project_text = nn.Linear(text.width, projection)
-        self.project_vision = nn.Linear(math.prod(GRID), projection)
+        self.project_vision = nn.Linear(embedding.vector_width, projection)
 
     def forward(self, image: Tensor, sentences: Sentences | None = None) -> Output:
         """Segment a batch of patches.
@@ -93,22 +92,21 @@ class BiPVLSeg(nn.Module):
                 rows = self.text.advance(n, rows, states)
             rows, x = self.fusion[n](rows, x)
             maps.append(x)
-        features = self.vision.decode(image, early, maps)
+        decoded = self.vision.decode(image, early, maps)
 
         concept_rows = rows.unflatten(1, (classes, -1))
         concepts = self.project_text(concept_rows)
-        class_map, vectors = self.embedding(x, concepts, apart)
+        class_maps, vectors = self.embedding(x, decoded, concepts, apart)
         seen = self.project_vision(vectors)
         weights = concept_weights(concepts, seen)
         text = aggregate_text(concepts, weights)
-        return Output(self.head(features, text, apart), class_map, concept_rows, concepts, seen, weights, text)
+        return Output(self.head(decoded[-1], text, apart), class_maps, concept_rows, concepts, seen, weights, text)
 
-    def _read(self, sentences: Sentences | None, classes: int) -> tuple[TextStates, Tensor | None]:
-        """The sentences, and for the text head what sets their classes apart."""
+    def _read(self, sentences: Sentences | None, classes: int) -> tuple[TextStates, Tensor]:
+        """The sentences, and what sets their classes apart."""
         text = self.text
         if isinstance(self.head, FixedHead):
             assert classes == text.classes, f"{classes} classes for a head of {text.classes}"
-            return text.read(sentences), None
         reference = text.read(text.reference)
         if sentences is None and text.reference is None:
             states = reference
@@ -139,12 +137,14 @@ def build_model(task: Task, assets: TextAssets | None = None) -> BiPVLSeg:
         fused = spec.fusion == "bifusion" or (spec.fusion == "late" and n == STAGES - 1)
         window = WINDOW if spec.fusion_attention == "windowed" and stride <= 4 else None
         fusion.append(BiFusion(text.width, width, window) if fused else IdentityFusion())
-    embedding: ClassEmbedding
-    head: FixedHead | TextHead
-    if spec.head == "text":
-        embedding = TextClassEmbedding(vision.widths[-1], spec.projection, text.width, task.overlapping)
-        head = TextHead(vision.feature_width, spec.projection, text.width, task.overlapping)
+    embedding: ClassPyramid | ClassEmbedding
+    if spec.class_embedding == "decoder":
+        embedding = ClassPyramid(vision.decoder_widths[:LEVELS], spec.projection, text.width, task.overlapping)
     else:
         embedding = ClassEmbedding(vision.widths[-1], task.out_channels, task.overlapping)
+    head: FixedHead | TextHead
+    if spec.head == "text":
+        head = TextHead(vision.feature_width, spec.projection, text.width, task.overlapping)
+    else:
         head = FixedHead(vision.feature_width, task.out_channels)
     return BiPVLSeg(vision, text, fusion, embedding, head, spec.projection)

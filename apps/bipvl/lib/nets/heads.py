@@ -1,10 +1,10 @@
-"""The two heads: the paper's, with one output channel a class, and one that reads what the class looks like.
+"""The two heads, and what a class looks like in this image: the class embedding.
 
-With the fixed head a class is a channel: text that never changes can be treated as a constant, and nothing forces the
-network to read it. With the text head a class is its sentences and nothing else:
+With the fixed head (the paper's) a class is a channel: text that never changes can be treated as a constant, and
+nothing forces the network to read it. With the text head a class is its sentences and nothing else:
 
-    logits of class c  =  GAIN · decoder features · MLP(T_c, D_c) / √width + bias     T_c of Eq. (4)
-    class map of c     =  MLP(V_4) · projection of (mean of its concepts, D_c)
+    logits of class c        =  GAIN · decoder features · MLP(T_c, D_c) / √width + bias        T_c of Eq. (4)
+    score of place i for c   =  GAIN · query of place i · key(mean of c's concepts, D_c) / √P
 
 and the background is a learned vector. D_c is what sets the class's sentences apart from the task's other sentences
 (`distinction`). No parameter knows a class by its number, so the classes may be permuted (the masks follow exactly),
@@ -13,12 +13,17 @@ left out, or described anew, and the number of classes is free.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 GRID = (3, 3, 3)  # of the class vectors; V_4 of a 96³ patch
-GAIN = 8.0  # of the text head's logits; at 1 the rarest class is found late (docs/benchmarks.md)
+GAIN = 8.0  # of what is compared with text; at 1 the rarest class is found late (docs/benchmarks.md)
+LEVELS = 3  # of the decoder that carry class maps: 1/8, 1/4 and 1/2 of the resolution
+POOLED = 1  # the level whose places make a class's vector
 LEAST = 1e-3  # difference of sentences that counts as none; BERT's vectors have a root mean square of about 1
 
 
@@ -91,52 +96,77 @@ class TextHead(nn.Module):
         return torch.baddbmm(bias, weights, features.flatten(2)).unflatten(2, features.shape[2:])
 
 
+class ClassPyramid(nn.Module):
+    """The class embedding of the decoder: at three resolutions, each place is compared with the text of each class.
+
+    Eq. (3) scores the places of V_4 for each class, against what the decoder decides there. Of those there are 27 in a
+    96³ patch, most organs fill less than one, and on real data their vectors became constants that no image changed
+    (docs/benchmarks.md). Here the places are the decoder's, thousands of them, the maps learn from the label
+    (`lib.losses.class_map_loss`), and the vector of a class is the mean of the places that show it.
+
+    Args:
+        widths: channels of the decoder's features at 1/8, 1/4 and 1/2 resolution.
+        projection: P, width of the common space.
+        text_width: E, width of the text encoder.
+        overlapping: no background.
+
+    Attributes:
+        vector_width: P, numbers of a class vector.
+    """
+
+    def __init__(self, widths: Sequence[int], projection: int, text_width: int, overlapping: bool) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for width in widths[:LEVELS])
+        self.queries = nn.ModuleList(nn.Linear(width, projection) for width in widths[:LEVELS])
+        self.reader = Reader(projection, text_width, projection)
+        self.background = None if overlapping else nn.Parameter(torch.randn(projection))
+        self.vector_width = projection
+
+    def forward(
+        self, v4: Tensor, decoded: Sequence[Tensor], concepts: Tensor, apart: Tensor
+    ) -> tuple[list[Tensor], Tensor]:
+        """The decoder's features, coarse to fine, the rows in the common space (B, C, K, P) and what sets the classes
+        apart (C, E) to class maps (B, channels, h, w, d), coarse to fine, and class vectors (B, C, P).
+
+        Outside training the vectors' level alone is computed, and there is one map.
+        """
+        keys = _with_background(self.reader(concepts.mean(2), apart), self.background)
+        maps, vectors = [], keys
+        for n in range(LEVELS) if self.training else (POOLED,):
+            places = self.queries[n](self.norms[n](decoded[n].flatten(2).transpose(1, 2)))  # (B, h*w*d, P)
+            scores = (places @ keys.mT).transpose(1, 2) * (GAIN * places.shape[-1] ** -0.5)  # (B, channels, h*w*d)
+            maps.append(scores.unflatten(2, decoded[n].shape[2:]))
+            if n == POOLED:
+                # Against the background alone: a class's vector must not depend on which others are asked for.
+                known = scores.float() if self.background is None else (scores[:, 1:] - scores[:, :1]).float()
+                shares = known.sigmoid()
+                vectors = (shares / (shares.sum(-1, keepdim=True) + LEAST)).to(places.dtype) @ places
+        return maps, vectors
+
+
 class ClassEmbedding(nn.Module):
-    """The head of Eq. (3): an MLP scores each place of V_4 for each class; a class's scores over places are its vector.
+    """The class embedding of the paper, Eq. (3): an MLP scores each place of V_4 for each class; a class's scores over
+    places are its vector.
 
     The paper flattens the class map, 27 values for a 96³ patch, which ties the model to one patch size. Here the map is
     first averaged onto a grid of 3 x 3 x 3, which changes nothing for 96³ and takes any other patch.
     """
 
-    def __init__(self, width: int, outputs: int, overlapping: bool) -> None:
-        """`outputs`: one a channel of the class map."""
+    def __init__(self, width: int, channels: int, overlapping: bool) -> None:
         super().__init__()
         self.foreground = 0 if overlapping else 1  # the channel of the first class
         # V_4 has no bound of its own; without the norm its scores explode at large learning rates.
         self.norm = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, width // 2), nn.GELU(), nn.Linear(width // 2, outputs))
+        self.mlp = nn.Sequential(nn.Linear(width, width // 2), nn.GELU(), nn.Linear(width // 2, channels))
+        self.vector_width = math.prod(GRID)
 
-    def forward(self, v4: Tensor, concepts: Tensor | None = None, apart: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """V_4 (B, width, h, w, d) to the class map (B, channels, h, w, d) and class vectors (B, C, 27)."""
-        return self._mapped(self.mlp(self._places(v4)), v4)
-
-    def _places(self, v4: Tensor) -> Tensor:
-        """(B, h*w*d, width), normalised."""
-        return self.norm(v4.flatten(2).transpose(1, 2))
-
-    def _mapped(self, scores: Tensor, v4: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores (B, h*w*d, channels) as class map and class vectors."""
+    def forward(
+        self, v4: Tensor, decoded: Sequence[Tensor], concepts: Tensor, apart: Tensor
+    ) -> tuple[list[Tensor], Tensor]:
+        """V_4 (B, width, h, w, d) to one class map (B, channels, h, w, d) and class vectors (B, C, 27)."""
+        scores = self.mlp(self.norm(v4.flatten(2).transpose(1, 2)))  # (B, h*w*d, channels)
         class_map = scores.transpose(1, 2).unflatten(2, v4.shape[2:])
-        return class_map, F.adaptive_avg_pool3d(class_map[:, self.foreground :], GRID).flatten(2)
-
-
-class TextClassEmbedding(ClassEmbedding):
-    """The class map of Eq. (3) for classes that are known by their text: each place of V_4 is compared with each class.
-
-    A channel a class would tell the classes apart by their number, through w_k and the alignment.
-    """
-
-    def __init__(self, width: int, projection: int, text_width: int, overlapping: bool) -> None:
-        super().__init__(width, width // 2, overlapping)  # here the MLP ends in a query, to be compared with the keys
-        self.reader = Reader(projection, text_width, width // 2)
-        self.background = None if overlapping else nn.Parameter(torch.randn(width // 2))
-
-    def forward(self, v4: Tensor, concepts: Tensor | None = None, apart: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As in `ClassEmbedding`; the rows in the common space are (B, C, K, P), what sets the classes apart (C, E)."""
-        assert concepts is not None and apart is not None
-        queries = self.mlp(self._places(v4))  # (B, h*w*d, width // 2)
-        keys = _with_background(self.reader(concepts.mean(2), apart), self.background)
-        return self._mapped(queries @ keys.mT * queries.shape[-1] ** -0.5, v4)
+        return [class_map], F.adaptive_avg_pool3d(class_map[:, self.foreground :], GRID).flatten(2)
 
 
 def _with_background(vectors: Tensor, background: Tensor | None) -> Tensor:

@@ -32,12 +32,17 @@ class VisionBackbone(nn.Module, ABC):
     Attributes:
         widths: channels of the map after each of the four stages.
         strides: voxels of the patch per voxel of that map, the same for the three axes.
-        feature_width: channels of the decoder's features at full resolution.
+        decoder_widths: channels of the decoder's features at 1/8, 1/4, 1/2 and full resolution.
     """
 
     widths: tuple[int, int, int, int]
     strides: tuple[int, int, int, int]
-    feature_width: int
+    decoder_widths: tuple[int, int, int, int]
+
+    @property
+    def feature_width(self) -> int:
+        """Channels of the decoder's features at full resolution."""
+        return self.decoder_widths[-1]
 
     @abstractmethod
     def stem(self, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,11 +53,16 @@ class VisionBackbone(nn.Module, ABC):
         """Run encoder stage n. Returns the map (B, widths[n], H/s, W/s, D/s) with s = strides[n]."""
 
     @abstractmethod
-    def decode(self, image: Tensor, early: Tensor, maps: Sequence[Tensor]) -> Tensor:
-        """Image, stem feature and the four stage maps to features (B, feature_width, H, W, D)."""
+    def decode(self, image: Tensor, early: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Image, stem feature and the four stage maps to the decoder's features at 1/8, 1/4, 1/2 and full resolution,
+        (B, decoder_widths[i], H/s, W/s, D/s)."""
 
     def forward(self, image: Tensor) -> Tensor:
         """The plain network without text: decoder features (B, feature_width, H, W, D)."""
+        return self.decoded(image)[-1]
+
+    def decoded(self, image: Tensor) -> list[Tensor]:
+        """The plain network without text, with the decoder's features at all resolutions, as of `decode`."""
         x, early = self.stem(image)
         maps = []
         for n in range(STAGES):
@@ -92,7 +102,8 @@ class SwinUNETRBackbone(VisionBackbone):
     ) -> None:
         super().__init__()
         d = feature_size
-        self.widths, self.strides, self.feature_width = (2 * d, 4 * d, 8 * d, 16 * d), (4, 8, 16, 32), d
+        self.widths, self.strides = (2 * d, 4 * d, 8 * d, 16 * d), (4, 8, 16, 32)
+        self.decoder_widths = (4 * d, 2 * d, d, d)
         heads_of_stages = tuple(heads * 2**n for n in range(STAGES))
         self.net = SwinUNETR(
             channels, 1, feature_size=d, num_heads=heads_of_stages, use_checkpoint=checkpointing, use_v2=v2
@@ -113,15 +124,14 @@ class SwinUNETRBackbone(VisionBackbone):
             x = getattr(swin, f"layers{n + 1}c")[0](x.contiguous())
         return getattr(swin, f"layers{n + 1}")[0](x.contiguous())
 
-    def decode(self, image: Tensor, early: Tensor, maps: Sequence[Tensor]) -> Tensor:
+    def decode(self, image: Tensor, early: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
         net = self.net
         x0, x1, x2, x3, x4 = (net.swinViT.proj_out(m, net.normalize) for m in (early, *maps))
-        x = net.encoder10(x4)
-        x = net.decoder5(x, x3)
-        x = net.decoder4(x, net.encoder4(x2))
-        x = net.decoder3(x, net.encoder3(x1))
-        x = net.decoder2(x, net.encoder2(x0))
-        return net.decoder1(x, net.encoder1(image))
+        x = net.decoder5(net.encoder10(x4), x3)
+        eighth = net.decoder4(x, net.encoder4(x2))
+        quarter = net.decoder3(eighth, net.encoder3(x1))
+        half = net.decoder2(quarter, net.encoder2(x0))
+        return [eighth, quarter, half, net.decoder1(half, net.encoder1(image))]
 
 
 class UNETRBackbone(VisionBackbone):
@@ -132,7 +142,8 @@ class UNETRBackbone(VisionBackbone):
     def __init__(self, channels: int, patch: Sequence[int], feature_size: int, checkpointing: bool) -> None:
         super().__init__()
         width = 16 * feature_size
-        self.widths, self.strides, self.feature_width = (width,) * 4, (16,) * 4, feature_size
+        self.widths, self.strides = (width,) * 4, (16,) * 4
+        self.decoder_widths = (8 * feature_size, 4 * feature_size, 2 * feature_size, feature_size)
         heads = next(h for h in range(max(1, width // 64), 0, -1) if width % h == 0)
         self.net = UNETR(
             channels, 1, patch, feature_size=feature_size, hidden_size=width, mlp_dim=4 * width, num_heads=heads
@@ -153,12 +164,12 @@ class UNETRBackbone(VisionBackbone):
             x = _checkpointed(block, x) if self.checkpointing and self.training else block(x)
         return self._to_map(self.net.vit.norm(x) if n == STAGES - 1 else x)
 
-    def decode(self, image: Tensor, early: Tensor, maps: Sequence[Tensor]) -> Tensor:
+    def decode(self, image: Tensor, early: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
         net = self.net
-        x = net.decoder5(maps[3], net.encoder4(maps[2]))
-        x = net.decoder4(x, net.encoder3(maps[1]))
-        x = net.decoder3(x, net.encoder2(maps[0]))
-        return net.decoder2(x, net.encoder1(image))
+        eighth = net.decoder5(maps[3], net.encoder4(maps[2]))
+        quarter = net.decoder4(eighth, net.encoder3(maps[1]))
+        half = net.decoder3(quarter, net.encoder2(maps[0]))
+        return [eighth, quarter, half, net.decoder2(half, net.encoder1(image))]
 
     def _to_map(self, tokens: Tensor) -> Tensor:
         return tokens.transpose(1, 2).unflatten(2, self.grid)
@@ -170,7 +181,8 @@ class UNetBackbone(VisionBackbone):
     def __init__(self, channels: int, patch: Sequence[int], feature_size: int, checkpointing: bool) -> None:
         super().__init__()
         d = feature_size
-        self.widths, self.strides, self.feature_width = (2 * d, 4 * d, 8 * d, 16 * d), (4, 8, 16, 16), d
+        self.widths, self.strides = (2 * d, 4 * d, 8 * d, 16 * d), (4, 8, 16, 16)
+        self.decoder_widths = (4 * d, 2 * d, d, d)
         self.net = UNet(3, channels, d, (d, 2 * d, 4 * d, 8 * d, 16 * d), (2, 2, 2, 2), num_res_units=2)
         self.checkpointing = checkpointing
 
@@ -191,11 +203,11 @@ class UNetBackbone(VisionBackbone):
         down = self._levels()[0][n + 1]
         return _checkpointed(down, x) if self.checkpointing and self.training else down(x)
 
-    def decode(self, image: Tensor, early: Tensor, maps: Sequence[Tensor]) -> Tensor:
-        skips, x = (early, *maps[:-1]), maps[-1]
+    def decode(self, image: Tensor, early: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
+        skips, decoded = (early, *maps[:-1]), [maps[-1]]
         for skip, up in zip(reversed(skips), reversed(self._levels()[1]), strict=True):
-            x = up(torch.cat([skip, x], dim=1))
-        return x
+            decoded.append(up(torch.cat([skip, decoded[-1]], dim=1)))
+        return decoded[1:]
 
 
 class UNetPlusPlusBackbone(VisionBackbone):
@@ -204,7 +216,8 @@ class UNetPlusPlusBackbone(VisionBackbone):
     def __init__(self, channels: int, patch: Sequence[int], feature_size: int, checkpointing: bool) -> None:
         super().__init__()
         d = feature_size
-        self.widths, self.strides, self.feature_width = (2 * d, 4 * d, 8 * d, 16 * d), (2, 4, 8, 16), d
+        self.widths, self.strides = (2 * d, 4 * d, 8 * d, 16 * d), (2, 4, 8, 16)
+        self.decoder_widths = (8 * d, 4 * d, 2 * d, d)
         with contextlib.redirect_stdout(io.StringIO()):  # the constructor prints a banner
             self.net = BasicUNetPlusPlus(3, channels, 1, (d, 2 * d, 4 * d, 8 * d, 16 * d, d))
         for n in range(1, 5):
@@ -219,14 +232,14 @@ class UNetPlusPlusBackbone(VisionBackbone):
         down = getattr(self.net, f"conv_{n + 1}_0")
         return _checkpointed(down, x) if self.checkpointing and self.training else down(x)
 
-    def decode(self, image: Tensor, early: Tensor, maps: Sequence[Tensor]) -> Tensor:
+    def decode(self, image: Tensor, early: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
         nodes = {(level, 0): x for level, x in enumerate((early, *maps))}
         for column in range(1, 5):
             for level in range(5 - column):
                 skips = torch.cat([nodes[level, c] for c in range(column)], dim=1)
                 upcat = getattr(self.net, f"upcat_{level}_{column}")
                 nodes[level, column] = upcat(nodes[level + 1, column - 1], skips)
-        return nodes[0, 4]
+        return [nodes[3, 1], nodes[2, 2], nodes[1, 3], nodes[0, 4]]
 
 
 def _checkpointed(module: nn.Module, x: Tensor) -> Tensor:

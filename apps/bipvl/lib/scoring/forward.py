@@ -17,14 +17,14 @@ from lib.tasks import Task
 
 
 class _Pooled:
-    """Mean over places and windows of what the class-embedding head receives: V_4, the last fused map."""
+    """Mean over places and windows of V_4, the last fused map."""
 
     def __init__(self) -> None:
         self.total: Tensor | None = None
         self.windows = 0
 
-    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        v4 = inputs[0]  # (B, width, h, w, d)
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+        v4 = output[1]  # (B, width, h, w, d)
         sums = v4.float().flatten(2).mean(2).sum(0).cpu()
         self.total = sums if self.total is None else self.total + sums
         self.windows += len(v4)
@@ -33,7 +33,7 @@ class _Pooled:
 @contextmanager
 def _pooled(model: BiPVLSeg) -> Iterator[_Pooled]:
     pooled = _Pooled()
-    handle = model.embedding.register_forward_pre_hook(pooled)
+    handle = model.fusion[-1].register_forward_hook(pooled)
     try:
         yield pooled
     finally:

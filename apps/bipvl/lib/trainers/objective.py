@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,11 +11,13 @@ from torch import Tensor, nn
 from lib.losses import (
     UncertaintyWeights,
     class_embedding_loss,
+    class_map_loss,
     global_alignment_loss,
     local_alignment_loss,
     segmentation_loss,
 )
 from lib.nets.bipvl import BiPVLSeg
+from lib.nets.heads import ClassPyramid
 from lib.nets.text import Sentences
 from lib.tasks import Task
 from lib.wording import MIRROR, exchanged_rows
@@ -41,7 +44,7 @@ class TrainingNetwork(nn.Module):
             image: (B, channels, H, W, D).
             label: (B, 1, H, W, D) class indices, or (B, C, H, W, D) regions where classes overlap.
             annotated: (B, C) boolean, the classes that each label was drawn for; None for all. The others are left out
-                of the segmentation loss and of the alignment. The class embedding follows the decoder, not the label.
+                of the losses. (The paper's class embedding follows the decoder, not the label.)
 
         With the text head some training steps know some of the classes only, or read some of the concepts only
         (`drop_classes`, `drop_concepts`): what the label shows of the others is background. In some the patients are
@@ -67,7 +70,11 @@ class TrainingNetwork(nn.Module):
             annotated = None if annotated.all() else annotated
 
         segmentation = segmentation_loss(output.logits, label, task.overlapping, annotated)
-        embedding = class_embedding_loss(output.class_map, output.logits, overlapping=task.overlapping)
+        if isinstance(self.model.embedding, ClassPyramid):
+            maps = [class_map_loss(m, label, task.overlapping, annotated) for m in output.class_maps]
+            embedding = torch.stack(maps).mean()
+        else:
+            embedding = class_embedding_loss(output.class_maps[0], output.logits, overlapping=task.overlapping)
 
         vision, text = output.vision.float(), output.text
         if self.training:  # Gaussian noise on T and V, on the unit vectors that the losses compare
@@ -88,21 +95,23 @@ class TrainingNetwork(nn.Module):
         }
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Vision at the optimiser's rate, language at its own, and the sigmas, which do not decay.
+        """Vision at the optimiser's rate, the text encoder at its own, what joins the two at their geometric mean, and
+        the sigmas, which do not decay.
 
         The paper has one rate, and so do the defaults. Narrow networks from scratch need a rate for the vision side at
-        which a BERT collapses (all sentences become one vector), so the language side has a rate of its own. The head
-        belongs to vision, also where it reads: its text comes normalised, and at the language's rate it lags behind.
+        which a BERT collapses (all sentences become one vector), and at BERT's rate BiFusion stays the noise that it
+        begins as (docs/benchmarks.md). The head and the class maps belong to vision, also where they read: their text
+        comes normalised, and at the language's rate they lag behind.
         """
-        model = self.model
+        model, recipe = self.model, self.task.training
         vision: list[nn.Parameter] = [*model.vision.parameters(), *model.head.parameters()]
-        known = {id(p) for p in vision}
+        joining: list[nn.Parameter] = [*model.fusion.parameters(), *model.project_text.parameters()]
+        joining += model.project_vision.parameters()
+        (vision if isinstance(model.embedding, ClassPyramid) else joining).extend(model.embedding.parameters())
         return [
             {"params": vision},
-            {
-                "params": [p for p in model.parameters() if id(p) not in known],
-                "lr": self.task.training.language_learning_rate,
-            },
+            {"params": list(model.text.parameters()), "lr": recipe.language_learning_rate},
+            {"params": joining, "lr": math.sqrt(recipe.learning_rate * recipe.language_learning_rate)},
             {"params": list(self.uncertainty.parameters()), "weight_decay": 0.0},
         ]
 
