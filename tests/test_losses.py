@@ -16,6 +16,7 @@ from lib.losses import (
     UncertaintyWeights,
     alignment_loss,
     class_embedding_loss,
+    class_map_loss,
     cross_entropy_loss,
     dice_loss,
     global_alignment_loss,
@@ -226,6 +227,42 @@ def test_class_embedding_sends_no_gradient_into_its_targets(overlapping):
     class_embedding_loss(class_map, logits, overlapping).backward()
     assert logits.grad is None
     assert class_map.grad.abs().sum() > 0
+
+
+def test_class_map_is_compared_with_the_share_of_each_cell():
+    """One cell of four voxels, three of class 1: s = (1/4, 3/4), and p = (1/4, 3/4) too."""
+    label = torch.tensor([1, 1, 1, 0]).view(1, 1, 4, 1, 1)
+    class_map = torch.tensor([0.0, math.log(3)]).view(1, 2, 1, 1, 1)
+    entropy = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
+    assert class_map_loss(class_map, label).item() == pytest.approx(entropy, abs=1e-5), "Dice is perfect"
+    uniform = -math.log(0.5) + 1 - (0.25 / (0.0625 + 0.25) + 0.75 / (0.5625 + 0.25)) / 2
+    assert class_map_loss(torch.zeros(1, 2, 1, 1, 1), label).item() == pytest.approx(uniform, abs=1e-4)
+
+
+def test_class_map_at_full_resolution_is_the_segmentation_loss():
+    logits, label = torch.randn(2, 4, 6, 5, 4), torch.randint(0, 4, (2, 1, 6, 5, 4))
+    known = torch.tensor([[True, False, True], [True, True, True]])
+    for classes in (None, known):
+        assert class_map_loss(logits, label, classes=classes) == pytest.approx(
+            segmentation_loss(logits, label, classes=classes).item(), rel=1e-5
+        )
+    regions = torch.randint(0, 2, (2, 4, 6, 5, 4))
+    known = torch.tensor([[True, False, True, True], [False, True, True, False]])
+    for classes in (None, known):
+        assert class_map_loss(logits, regions, True, classes) == pytest.approx(
+            segmentation_loss(logits, regions, True, classes).item(), rel=1e-5
+        )
+
+
+def test_class_map_of_a_partly_annotated_sample_says_nothing_about_the_rest():
+    """Whatever the map gives the class nobody looked for, it counts as background, and its gradient stays finite."""
+    label = torch.tensor([1, 1, 0, 0]).view(1, 1, 4, 1, 1)
+    class_map = torch.tensor([0.0, 1.0, 2.0]).view(1, 3, 1, 1, 1).requires_grad_()
+    merged = torch.tensor([math.log(1 + math.exp(2)), 1.0]).view(1, 2, 1, 1, 1)
+    loss = class_map_loss(class_map, label, classes=torch.tensor([[True, False]]))
+    assert loss.item() == pytest.approx(class_map_loss(merged, label).item(), abs=1e-6)
+    loss.backward()
+    assert torch.isfinite(class_map.grad).all()
 
 
 def test_class_embedding_takes_sizes_that_do_not_divide():

@@ -117,7 +117,7 @@ def test_scores_are_those_of_the_forward_pass(model, task):
     image = torch.rand(1, 60, 40, 40)
     seen, calls = [], []
     hooks = [
-        model.embedding.register_forward_pre_hook(lambda _m, i: seen.append(i[0].flatten(2).mean(2))),
+        model.fusion[-1].register_forward_hook(lambda _m, _i, out: seen.append(out[1].flatten(2).mean(2))),
         model.register_forward_pre_hook(lambda _m, i: calls.append(len(i[0]))),
     ]
     scores, found = score_case(model, image, task)
@@ -128,7 +128,7 @@ def test_scores_are_those_of_the_forward_pass(model, task):
     assert np.allclose(scores.vector, vector / vector.norm(), atol=1e-6)
     assert scores.entropy == found.uncertainty()
     assert scores.alignment == pytest.approx(float(found.alignment[found.found()].mean()))
-    assert not model.embedding._forward_pre_hooks
+    assert not model.fusion[-1]._forward_hooks
 
 
 def test_a_case_without_content_has_scores_too(model, task):

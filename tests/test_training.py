@@ -138,9 +138,10 @@ def test_sigmas_are_trained_without_weight_decay_and_bounded(tmp_path):
     context.network = trainer.network(context)
     groups = trainer.optimizer(context).param_groups
     recipe = trainer.task.training
-    assert [g["weight_decay"] for g in groups] == [recipe.weight_decay, recipe.weight_decay, 0.0]
-    assert [g["lr"] for g in groups] == [1e-3, recipe.language_learning_rate, 1e-3]
-    assert [p.shape for p in groups[2]["params"]] == [(3,)]
+    assert [g["weight_decay"] for g in groups] == [*[recipe.weight_decay] * 3, 0.0]
+    joined = math.sqrt(1e-3 * recipe.language_learning_rate)
+    assert [g["lr"] for g in groups] == [1e-3, recipe.language_learning_rate, joined, 1e-3]
+    assert [p.shape for p in groups[3]["params"]] == [(3,)]
     counted = sum(p.numel() for g in groups for p in g["params"])
     assert counted == sum(p.numel() for p in context.network.parameters()), "every parameter is optimised (defect 1)"
     assert math.exp(LOG_SIGMA_FLOOR) == pytest.approx(0.1)

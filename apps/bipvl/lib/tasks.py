@@ -145,9 +145,7 @@ class Training(_Model):
     batch_size: Annotated[int, Field(ge=1)] = 1
     patches_per_case: Annotated[int, Field(ge=1)] = 2
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    language_learning_rate: Annotated[float, Field(gt=0)] = (
-        1e-4  # of the text encoder; what joins it to vision: geometric mean
-    )
+    language_learning_rate: Annotated[float, Field(gt=0)] = 1e-4  # of the text encoder (docs/training.md)
     min_learning_rate: Annotated[float, Field(ge=0)] = 1e-7
     warm_up: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of a round over which the rates rise
     weight_decay: Annotated[float, Field(ge=0)] = 1e-5

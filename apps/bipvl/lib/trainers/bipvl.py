@@ -219,8 +219,8 @@ class BiPVLTrain(BasicTrainTask):
         return network
 
     def optimizer(self, context: Context) -> torch.optim.Optimizer:
-        groups = unwrapped(context.network).parameter_groups()
         rate, decay = float(context.request["learning_rate"]), self.task.training.weight_decay
+        groups = unwrapped(context.network).parameter_groups(rate)
         return torch.optim.AdamW(groups, lr=rate, weight_decay=decay)
 
     def loss_function(self, context: Context) -> None:

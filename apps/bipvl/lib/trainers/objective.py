@@ -94,7 +94,7 @@ class TrainingNetwork(nn.Module):
             "alignment_local": local_part.detach(),
         }
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
+    def parameter_groups(self, learning_rate: float | None = None) -> list[dict[str, Any]]:
         """Vision at the optimiser's rate, the text encoder at its own, what joins the two at their geometric mean, and
         the sigmas, which do not decay.
 
@@ -102,8 +102,11 @@ class TrainingNetwork(nn.Module):
         which a BERT collapses (all sentences become one vector), and at BERT's rate BiFusion stays the noise that it
         begins as (docs/benchmarks.md). The head and the class maps belong to vision, also where they read: their text
         comes normalised, and at the language's rate they lag behind.
+
+        `learning_rate`: the vision side's, to be given to the optimiser too; default the task's.
         """
         model, recipe = self.model, self.task.training
+        joined = math.sqrt((learning_rate or recipe.learning_rate) * recipe.language_learning_rate)
         vision: list[nn.Parameter] = [*model.vision.parameters(), *model.head.parameters()]
         joining: list[nn.Parameter] = [*model.fusion.parameters(), *model.project_text.parameters()]
         joining += model.project_vision.parameters()
@@ -111,7 +114,7 @@ class TrainingNetwork(nn.Module):
         return [
             {"params": vision},
             {"params": list(model.text.parameters()), "lr": recipe.language_learning_rate},
-            {"params": joining, "lr": math.sqrt(recipe.learning_rate * recipe.language_learning_rate)},
+            {"params": joining, "lr": joined},
             {"params": list(self.uncertainty.parameters()), "weight_decay": 0.0},
         ]
 

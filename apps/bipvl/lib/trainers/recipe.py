@@ -41,8 +41,8 @@ def _share(steps: int, warm: int, least: float, step: int) -> float:
 def clip_gradients(optimizer: Optimizer) -> list[float]:
     """Clip each parameter group to a norm of `CLIP`; returns the norms before.
 
-    Not all of them together: a loss that jumps (the class embedding follows a decoder that has just begun) would scale
-    down the gradients of parts that it says nothing about, and Adam keeps that for a thousand steps.
+    Not all of them together: a loss that jumps would scale down the gradients of parts that it says nothing about, and
+    Adam keeps that for a thousand steps.
     """
     return [float(torch.nn.utils.clip_grad_norm_(group["params"], CLIP)) for group in optimizer.param_groups]
 
