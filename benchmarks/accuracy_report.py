@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402
 
-from accuracy_settings import ABLATIONS, FORMATS, SHUFFLED, VISION_ONLY, matrix  # noqa: E402
+from accuracy_settings import ABLATIONS, FORMATS, SHUFFLED, SUPERVISED, VISION_ONLY, matrix  # noqa: E402
 
 SECTION = "accuracy tables"
 NAMES = {
@@ -56,15 +56,17 @@ def select(results: Iterable[Result], model: str, variant: str = "", patients: i
     ]
 
 
-def main_table(results: list[Result], models: Sequence[str], variant: str = "") -> str:
-    """A line a model: DSC, HD95, NSD, and DSC of each class; mean ± standard deviation over runs."""
+def main_table(results: list[Result], models: Sequence[str]) -> str:
+    """A line a model, and after it one with class maps of its decoder but no text, where there is one: DSC, HD95, NSD,
+    and DSC of each class; mean ± standard deviation over runs."""
     lines = []
     classes: list[str] = []
     for model in models:
-        found = select(results, model, variant)
-        if found:
-            classes = [c for c in found[0]["scores"] if c != "mean"]
-            lines.append(_line(NAMES[model], found, classes))
+        for variant, addition in (("", ""), (SUPERVISED, " with class maps, no text")):
+            found = select(results, model, variant)
+            if found:
+                classes = [c for c in found[0]["scores"] if c != "mean"]
+                lines.append(_line(NAMES[model] + addition, found, classes))
     return _table(["network", "runs", "DSC %", "HD95 mm", "NSD %", *(f"{c}, DSC %" for c in classes)], lines)
 
 
@@ -124,6 +126,7 @@ def tables(results: list[Result], task: str, size: str) -> str:
     main = ("swin_unetr", "bipvl-fixed", "bipvl-text")
     patients = max((len(r["patients"]["training"]) for r in results), default=0)
     names = {"": "BiPVL-Seg"} | {v: v.replace("-", " ") for v in ABLATIONS}
+    names["paper-embedding"] = "class embedding of V_4 (paper)"
     formats = (
         {"": "consistent concepts"} | {v: v for v in FORMATS} | {SHUFFLED: "text of another class, in training too"}
     )

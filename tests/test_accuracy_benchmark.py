@@ -19,7 +19,7 @@ import accuracy_report as report  # noqa: E402
 import accuracy_training as training  # noqa: E402
 from accuracy import claim, execute, missing  # noqa: E402
 from accuracy_data import Patches, Preprocessed, find_cases, split_cases  # noqa: E402
-from accuracy_settings import VISION_ONLY, Run, matrix, with_shuffled_text  # noqa: E402
+from accuracy_settings import SUPERVISED, VISION_ONLY, Run, matrix, with_shuffled_text  # noqa: E402
 from documents import insert  # noqa: E402
 from lib.nets import build_model  # noqa: E402
 from lib.nets.fusion import BiFusion, IdentityFusion  # noqa: E402
@@ -188,6 +188,26 @@ def test_every_run_of_the_matrix_has_a_name_of_its_own_and_a_task() -> None:
         run.task_of()
     with pytest.raises(ValueError, match="reads none"):
         Run("acdc-mr", "unet", variant="name")
+    with pytest.raises(ValueError, match="valid models are"):
+        Run("acdc-mr", "dynunet", variant=SUPERVISED)
+
+
+def test_class_maps_without_text_are_trained_and_cost_nothing_afterwards() -> None:
+    """The control of the main comparison: maps at three resolutions in training, and then the same Swin UNETR."""
+    task = tiny_task(patch=(64, 32, 32), model={"vision": "swin_unetr", "feature_size": 12})
+    torch.manual_seed(0)
+    model = training.VisionOnly("swin_unetr", task, supervised=True)
+    network = training.VisionTraining(model, task).train()
+    image, label = torch.randn(1, 1, 64, 32, 32), torch.randint(0, 4, (1, 1, 64, 32, 32))
+    parts = network(image, label)
+    assert parts["loss"].item() == pytest.approx((parts["segmentation"] + parts["class_embedding"]).item())
+    assert [m.shape[2:] for m in model(image).class_maps] == [(8, 4, 4), (16, 8, 8), (32, 16, 16)]
+    parts["loss"].backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(model(image).logits, model.net(image))
+    assert not model(image).class_maps
 
 
 def test_late_fusion_is_the_last_stage_only() -> None:
@@ -233,7 +253,7 @@ def test_tables_show_mean_and_spread_and_what_is_missing(tmp_path: Path) -> None
     text = report.tables(report.read_results(tmp_path, "acdc-mr", "small"), "acdc-mr", "small")
     assert "| Swin UNETR | 2 | 75.0 ± 7.1 | 10.0 ± 0.0 | 50.0 ± 0.0 | 75.0 ± 7.1 |" in text
     assert "| BiPVL-Seg, text head | 1 | 60.0 | 30.0 | 60.0 | - | - |" in text
-    assert "3 of 50 runs of the matrix are done" in text
+    assert "3 of 54 runs of the matrix are done" in text
     assert "`bipvl-fixed_s0`" in text
     document = tmp_path / "page.md"
     begin, end = "<!-- accuracy tables: begin -->", "<!-- accuracy tables: end -->"
