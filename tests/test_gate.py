@@ -114,7 +114,7 @@ def trained(tmp_path_factory):
     write_studies(folder / "studies", cases=4, labelled=4, seed=1)
     cases = phantom_cases(folder / "studies", 4)
     trainer = small_trainer(folder / "models", **{"training.language_learning_rate": "1e-4"})
-    for epochs, rate in ((1, 1e-3), (30, 1e-2)):
+    for epochs, rate in ((1, 1e-3), (45, 1e-2)):
         trainer({**ROUND, "max_epochs": epochs, "learning_rate": rate}, cases)
     return trainer, cases
 

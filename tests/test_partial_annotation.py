@@ -6,7 +6,7 @@ import torch
 
 from helpers import tiny_overlapping_task, tiny_task, write_nifti
 from lib.cases import audit
-from lib.losses import segmentation_loss
+from lib.losses import class_map_loss, segmentation_loss
 from lib.nets import build_model
 from lib.tasks import TaskError
 from lib.trainers.objective import TrainingNetwork
@@ -65,12 +65,15 @@ def test_the_objective_leaves_other_classes_out():
     full, declared = torch.ones(2, 3, dtype=torch.bool), torch.tensor([[True, False, True], [True, True, True]])
     with torch.no_grad():
         plain, same, partial = (network(image, label, a) for a in (None, full, declared))
-        expected = segmentation_loss(network.model(image).logits, label, classes=declared)
+        output = network.model(image)
+        expected = segmentation_loss(output.logits, label, classes=declared)
+        maps = class_map_loss(output.class_maps[0], label, classes=declared)
     assert plain["segmentation"] == same["segmentation"]
     torch.testing.assert_close(partial["segmentation"], expected)
     assert partial["segmentation"] != plain["segmentation"]
     assert partial["alignment"] != plain["alignment"], "an undeclared class is no visual evidence"
-    assert torch.equal(partial["class_embedding"], plain["class_embedding"])
+    torch.testing.assert_close(partial["class_embedding"], maps)
+    assert partial["class_embedding"] != plain["class_embedding"]
 
 
 def test_an_undeclared_class_is_not_pushed_down_where_the_label_says_background():
