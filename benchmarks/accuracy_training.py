@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from accuracy_data import Patches
 from accuracy_settings import SUPERVISED, Run
 from lib.alignment import unit
-from lib.losses import class_map_loss, segmentation_loss
+from lib.losses import class_maps_loss, segmentation_loss
 from lib.metrics import METRICS, Row, evaluate_volumes, summary
 from lib.nets import BiPVLSeg, build_model
 from lib.nets.bipvl import Output
@@ -110,7 +110,7 @@ class VisionTraining(nn.Module):
         loss = segmentation_loss(output.logits, label, self.task.overlapping)
         parts = {"segmentation": loss.detach()}
         if output.class_maps:
-            maps = torch.stack([class_map_loss(m, label, self.task.overlapping) for m in output.class_maps]).mean()
+            maps = class_maps_loss(output.class_maps, label, self.task.overlapping)
             loss, parts["class_embedding"] = loss + maps, maps.detach()
         return {"loss": loss, **parts}
 

@@ -217,6 +217,13 @@ def class_map_loss(
     return _mean_over(dice.flatten(1), mask) - (share * log_p).sum(1).mean()
 
 
+def class_maps_loss(
+    class_maps: Sequence[Tensor], label: Tensor, overlapping: bool = False, classes: Tensor | None = None
+) -> Tensor:
+    """Mean of `class_map_loss` over the maps of all resolutions."""
+    return torch.stack([class_map_loss(m, label, overlapping, classes) for m in class_maps]).mean()
+
+
 # alignment, Eqs. 5-9
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lib.losses import (
     UncertaintyWeights,
     class_embedding_loss,
-    class_map_loss,
+    class_maps_loss,
     global_alignment_loss,
     local_alignment_loss,
     segmentation_loss,
@@ -71,8 +71,7 @@ class TrainingNetwork(nn.Module):
 
         segmentation = segmentation_loss(output.logits, label, task.overlapping, annotated)
         if isinstance(self.model.embedding, ClassPyramid):
-            maps = [class_map_loss(m, label, task.overlapping, annotated) for m in output.class_maps]
-            embedding = torch.stack(maps).mean()
+            embedding = class_maps_loss(output.class_maps, label, task.overlapping, annotated)
         else:
             embedding = class_embedding_loss(output.class_maps[0], output.logits, overlapping=task.overlapping)
 
