@@ -20,7 +20,7 @@ SMALL = {
     "model.feature_size": "12",
     "model.swin_heads": "1",
     "training.patches_per_case": "1",
-    "training.language_learning_rate": "1e-3",
+    "training.language_learning_rate": "1e-4",
 }
 
 
