@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402
 
-from accuracy_settings import ABLATIONS, FORMATS, SHUFFLED, SUPERVISED, VISION_ONLY, matrix  # noqa: E402
+from accuracy_settings import ABLATIONS, FEW, FORMATS, SHUFFLED, SUPERVISED, VISION_ONLY, matrix  # noqa: E402
 
 SECTION = "accuracy tables"
 NAMES = {
@@ -28,7 +28,14 @@ NAMES = {
     "bipvl-fixed": "BiPVL-Seg, fixed head",
     "bipvl-text": "BiPVL-Seg, text head",
 }
-COLOURS = {"swin_unetr": "#555555", "bipvl-fixed": "#1f6fb4", "bipvl-text": "#d1495b"}
+MAPS = " with class maps, no text"
+# Of the learning curve: model, variant, name, colour.
+CURVES = (
+    ("swin_unetr", "", NAMES["swin_unetr"], "#555555"),
+    ("swin_unetr", SUPERVISED, NAMES["swin_unetr"] + MAPS, "#2a9d8f"),
+    ("bipvl-fixed", "", NAMES["bipvl-fixed"], "#1f6fb4"),
+    ("bipvl-text", "", NAMES["bipvl-text"], "#d1495b"),
+)
 Result = dict[str, Any]
 
 
@@ -62,7 +69,7 @@ def main_table(results: list[Result], models: Sequence[str]) -> str:
     lines = []
     classes: list[str] = []
     for model in models:
-        for variant, addition in (("", ""), (SUPERVISED, " with class maps, no text")):
+        for variant, addition in (("", ""), (SUPERVISED, MAPS)):
             found = select(results, model, variant)
             if found:
                 classes = [c for c in found[0]["scores"] if c != "mean"]
@@ -97,17 +104,17 @@ def text_table(results: list[Result], variant: str = "") -> str:
     return _table(head, lines)
 
 
-def curve_table(results: list[Result], models: Sequence[str], sizes: Sequence[int], full: int) -> str:
+def curve_table(results: list[Result], full: int) -> str:
     """DSC by the number of training patients."""
     lines = []
-    for model in models:
-        cells = [NAMES[model]]
-        for n in (*sizes, None):
-            found = select(results, model, patients=n)
+    for model, variant, name, _ in CURVES:
+        cells = [name]
+        for n in (*FEW, None):
+            found = select(results, model, variant, n)
             cells.append(f"{_spread([_dice(r) for r in found], 100, 1)} ({len(found)})" if found else "not run")
         if any(c != "not run" for c in cells[1:]):
             lines.append(cells)
-    return _table(["network", *(f"{n} patients" for n in (*sizes, full))], lines)
+    return _table(["network", *(f"{n} patients" for n in (*FEW, full))], lines)
 
 
 def state_table(results: list[Result], task: str, size: str) -> str:
@@ -133,7 +140,7 @@ def tables(results: list[Result], task: str, size: str) -> str:
     parts = [
         ("Main comparison", main_table(results, main)),
         ("Other text at inference (DSC %)", text_table(results)),
-        ("Few labels (DSC %, runs in brackets)", curve_table(results, main, (4, 8, 16), patients)),
+        ("Few labels (DSC %, runs in brackets)", curve_table(results, patients)),
         ("Ablations (the paper's Table 3)", variant_table(results, names)),
         ("Text formats in training (the paper's Table 2)", variant_table(results, formats)),
         ("Networks without text", main_table(results, VISION_ONLY)),
@@ -161,14 +168,14 @@ def plot_few_labels(results: list[Result], path: Path) -> None:
     if len({len(r["patients"]["training"]) for r in results}) < 2:
         return
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    for model, colour in COLOURS.items():
+    for model, variant, name, colour in CURVES:
         points: dict[int, list[float]] = {}
         for r in results:
-            if model_of(r) == model and not r["run"]["variant"]:
+            if model_of(r) == model and r["run"]["variant"] == variant:
                 points.setdefault(len(r["patients"]["training"]), []).append(100 * _dice(r))
         if points:
             xs = sorted(points)
-            axes.plot(xs, [mean(points[x]) for x in xs], color=colour, label=NAMES[model])
+            axes.plot(xs, [mean(points[x]) for x in xs], color=colour, label=name)
             axes.plot([x for x in xs for _ in points[x]], [y for x in xs for y in points[x]], "o", color=colour, ms=4)
     axes.set(xscale="log", xlabel="training patients", ylabel="DSC on the test patients, %")
     axes.set_xticks([4, 8, 16, 40], ["4", "8", "16", "40"])

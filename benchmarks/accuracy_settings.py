@@ -29,6 +29,7 @@ SMALL: dict[str, Any] = {
 SMALL_ITERATIONS = 200
 # Short-axis images have the heart in their middle: the field holds 99.5% of what is labelled, one patch the field.
 FIELDS: dict[str, tuple[float, float]] = {"small": (192.0, 192.0)}
+FEW = (4, 8, 16)  # training patients of the learning curve, besides all
 SIZES: dict[str, dict[str, Any]] = {"small": SMALL, "paper": {}}
 
 # The paper's Table 3 (ablations) and Table 2 (text formats), text of the wrong class already in training, and what
@@ -143,15 +144,16 @@ def matrix(task: str, size: str, seeds: int = 3, paper_protocol: bool = False) -
         models = [plain, fixed, text, *({"model": m} for m in others)]
         return [Run(task, size=size, fold=fold, **m) for m in models for fold in range(3)]
     supervised = {**plain, "variant": SUPERVISED}
-    runs = [Run(task, size=size, seed=s, **m) for s in range(seeds) for m in (plain, fixed, text, supervised)]
-    runs += [Run(task, size=size, train_patients=n, **m) for n in (4, 8, 16) for m in (plain, fixed, text)]
+    compared = (plain, fixed, text, supervised)
+    runs = [Run(task, size=size, seed=s, **m) for s in range(seeds) for m in compared]
+    runs += [Run(task, size=size, train_patients=n, **m) for n in FEW for m in compared]
     runs += [Run(task, "bipvl", variant=v, size=size) for v in ABLATIONS]
     runs += [Run(task, "bipvl", variant=v, size=size) for v in (SHUFFLED, *FORMATS)]
     runs += [Run(task, m, size=size) for m in others]
     runs += [
         Run(task, size=size, train_patients=n, seed=s, **m)
         for s in range(1, seeds)
-        for n in (4, 8, 16)
-        for m in (plain, fixed, text)
+        for n in FEW
+        for m in compared
     ]
     return runs
