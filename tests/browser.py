@@ -99,11 +99,14 @@ class Visit:
         clip |= {"width": box["width"] / 2, "height": box["height"] / 2}
         return np.asarray(Image.open(io.BytesIO(self.page.screenshot(clip=clip))).convert("RGB"), float)
 
-    def stroke(self, name: str, radius: int = 12, below: int = 0) -> None:
-        """Choose a segment and draw with the brush across the first viewport, this far below its middle."""
+    def stroke(self, name: str, radius: int = 12, below: int = 0, fine: bool = False) -> None:
+        """Choose a segment and draw with the brush, or its smallest one, across the first viewport, this far below its
+        middle."""
         self.page.locator('[data-cy="data-row"]').filter(has_text=name).click()
         self.page.locator('[data-cy="Brush"]').click()
         self.page.get_by_role("slider").first.wait_for()
+        if fine:
+            self.page.locator("input.input-number").fill("1")
         box = self.page.locator("canvas.cornerstone-canvas").first.bounding_box()
         assert box
         x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2 + below
