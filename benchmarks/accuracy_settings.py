@@ -151,9 +151,6 @@ def matrix(task: str, size: str, seeds: int = 3, paper_protocol: bool = False) -
     runs += [Run(task, "bipvl", variant=v, size=size) for v in (SHUFFLED, *FORMATS)]
     runs += [Run(task, m, size=size) for m in others]
     runs += [
-        Run(task, size=size, train_patients=n, seed=s, **m)
-        for s in range(1, seeds)
-        for n in FEW
-        for m in compared
+        Run(task, size=size, train_patients=n, seed=s, **m) for s in range(1, seeds) for n in FEW for m in compared
     ]
     return runs
