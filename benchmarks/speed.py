@@ -193,7 +193,7 @@ class Step:
     """One training step of a network, as the train task does it."""
 
     def __init__(self, network: str, task: Any, batch: int, device: str) -> None:
-        self.task, self.ours = task, network == "ours"
+        self.task, self.ours = task, network.startswith("ours")
         self.network: torch.nn.Module = (
             TrainingNetwork(our_network(task), task) if self.ours else stock_network(task)
         ).to(device)
@@ -213,6 +213,12 @@ class Step:
                 loss = segmentation_loss(self.network(self.image), self.label)
         descend(loss, self.optimizer)
 
+    def timed(self) -> dict[str, float]:
+        """Mean over the steps that one reading of the text lasts."""
+        count = self.task.training.text_interval if self.ours else 1
+        runs = [timed(self.run, self.image.device.type) for _ in range(count)]
+        return {kind: sum(r[kind] for r in runs) / count for kind in runs[0]}
+
 
 Patch = Annotated[int, typer.Option(help="voxels a side")]
 Batch = Annotated[int, typer.Option(help="patches a step")]
@@ -228,13 +234,18 @@ def training(
     batch: Batch = 1,
     patch: Patch = 96,
     checkpointing: Checkpointing = False,
+    text_interval: Annotated[int, typer.Option(help="also with a reading of the text that lasts this many steps")] = 2,
 ) -> None:
     """Seconds of one training step of each network."""
     keep_freed_memory()
     torch.set_num_threads(threads)
-    task = full_size(model__vision=vision, patch=[patch] * 3, model__checkpointing=checkpointing)
-    steps = {name: Step(name, task, batch, device) for name in ("stock", "ours")}
-    found = alternate({name: partial(timed, step.run, device) for name, step in steps.items()}, repeats)
+    settings = {"model__vision": vision, "patch": [patch] * 3, "model__checkpointing": checkpointing}
+    intervals = {"stock": 1, "ours": 1} | {f"ours, text every {n} steps": n for n in [text_interval] if n > 1}
+    steps = {
+        name: Step(name, full_size(**settings, training__text_interval=n), batch, device)
+        for name, n in intervals.items()
+    }
+    found = alternate({name: step.timed for name, step in steps.items()}, repeats)
     rows = {name: compared(found, name, "stock") for name in steps}
     table = Table("network", "wall s", "wall q1-q3", "CPU s", "wall / stock", "CPU / stock")
     for name, row in rows.items():

@@ -256,3 +256,32 @@ def test_a_checkpoint_from_before_the_decoders_class_maps(tmp_path):
 def test_the_papers_class_embedding_has_a_channel_a_class():
     with pytest.raises(ValueError, match="head 'text' needs 'decoder'"):
         task_for(class_embedding="last")
+
+
+@pytest.mark.parametrize("head", ["fixed", "text"])
+def test_a_reading_of_the_text_lasts_some_training_steps(head):
+    """Where it stands in, the layers below the first fusion learn nothing, those that carry the rows do."""
+    task = task_for(head=head, training={"text_interval": 3, "drop_classes": 0.5})
+    network = TrainingNetwork(model_for(task), task).train()
+    text, image = network.model.text, image_for(task)
+    label = torch.zeros(1, 1, *image.shape[2:], dtype=torch.long)
+    embeddings = text.bert.embeddings.word_embeddings.weight
+    (rows,) = [p for name, p in text.bert.encoder.layer[-1].named_parameters() if name == "output.dense.weight"]
+
+    def step() -> bool:
+        """Whether the text was read; with gradients then, and only then."""
+        passes = text.token_passes
+        network.zero_grad(set_to_none=True)
+        network(image, label)["loss"].backward()
+        assert rows.grad is not None and rows.grad.any()
+        assert (embeddings.grad is not None) == (text.token_passes > passes)
+        return text.token_passes > passes
+
+    assert [step() for _ in range(7)] == [True, False, False, True, False, False, True]
+    text.begin_epoch()
+    assert [step() for _ in range(2)] == [True, False]
+    network.eval()
+    with torch.no_grad():
+        before = network.model(image).concept_rows
+        embeddings.add_(0.5)
+        assert not torch.equal(network.model(image).concept_rows, before), "outside training nothing stands in"

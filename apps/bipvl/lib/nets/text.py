@@ -71,6 +71,11 @@ class TextStates:
         keys, values = ([t[rows] for t in part] for part in (self.keys, self.values))
         return TextStates(self.rows[rows], keys, values, self.bias[rows], self.meaning[rows])
 
+    def detached(self) -> TextStates:
+        """The states as constants."""
+        keys, values = ([t.detach() for t in part] for part in (self.keys, self.values))
+        return TextStates(self.rows.detach(), keys, values, self.bias, self.meaning.detach())
+
 
 class StageDividedBert(nn.Module):
     """BERT in four stages (of 12 layers: 1-6, 7-8, 9-10, 11-12; any other depth in the same proportions).
@@ -82,6 +87,7 @@ class StageDividedBert(nn.Module):
         checkpointing: recompute activations in the backward pass.
 
     Attributes:
+        interval: training steps a reading of the text lasts (`training.text_interval`).
         reference: the text that the text head sets classes apart from; None for the task's own.
         token_passes: how often all tokens went through the encoder; a counter for tests and benchmarks.
     """
@@ -103,7 +109,9 @@ class StageDividedBert(nn.Module):
         self.register_buffer("mask", own.mask, persistent=False)
         self.key, self.classes = own.key, own.classes
         self.reference: Sentences | None = None
+        self.interval = 1
         self.token_passes = 0
+        self._last: tuple[str, int, TextStates] | None = None  # text, readings it stood in for, states
         self._cache: OrderedDict[tuple, TextStates] = OrderedDict()
         self.checkpointing = checkpointing
 
@@ -156,9 +164,13 @@ class StageDividedBert(nn.Module):
     def read(self, sentences: Sentences | None = None) -> TextStates:
         """Read all sentences: every token through the encoder, once. None: the task's own.
 
-        Without gradients and outside training the result is kept until weights, text, device or precision change.
+        Without gradients and outside training the result is kept until weights, text, device or precision change. In
+        training, with an `interval` above 1, a text is read with gradients once; in the next `interval` - 1 calls what
+        was read stands in as a constant, a few optimiser steps old.
         """
         sentences = sentences or self.sentences
+        if self.training and torch.is_grad_enabled() and self.interval > 1:
+            return self._read_at_intervals(sentences)
         if self.training or torch.is_grad_enabled():
             return self._read(sentences)
         kind = self.ids.device.type
@@ -173,6 +185,20 @@ class StageDividedBert(nn.Module):
             while len(self._cache) > CACHED_TEXTS:
                 self._cache.popitem(last=False)
         return self._cache[key]
+
+    def begin_epoch(self) -> None:
+        """Read at the next step, so that a resumed round reads when one that ran through does."""
+        self._last = None
+
+    def _read_at_intervals(self, sentences: Sentences) -> TextStates:
+        if self._last:
+            key, used, states = self._last
+            if key == sentences.key and used < self.interval - 1:
+                self._last = key, used + 1, states
+                return states
+        states = self._read(sentences)
+        self._last = sentences.key, 0, states.detached()
+        return states
 
     def _read(self, sentences: Sentences) -> TextStates:
         self.token_passes += 1

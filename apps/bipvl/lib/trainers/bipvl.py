@@ -63,6 +63,7 @@ class BiPVLTrain(BasicTrainTask):
         super().__init__(
             str(model_dir),
             f"Train BiPVL-Seg on {task.description}",
+            find_unused_parameters=recipe.text_interval > 1,
             config={
                 "name": "train",
                 "max_epochs": recipe.epochs,
@@ -279,6 +280,7 @@ class BiPVLTrain(BasicTrainTask):
         )
         transforms, seed = loader.dataset.transform, int(context.request["seed"])
         trainer.add_event_handler(Events.EPOCH_STARTED, lambda e: rounds.reseed(transforms, seed, e.state.epoch))
+        trainer.add_event_handler(Events.EPOCH_STARTED, unwrapped(context.network).model.text.begin_epoch)
         return trainer
 
     def _train_step(self, engine: Any, batch: dict[str, Any]) -> dict[str, Tensor]:

@@ -34,6 +34,7 @@ class TrainingNetwork(nn.Module):
         self.model = model
         self.task = task
         self.uncertainty = UncertaintyWeights(len(LOSSES))
+        model.text.interval = task.training.text_interval
         mirrored = exchanged_rows(task.text_rows(), *MIRROR)
         self.mirrored = model.text.tokenize(mirrored) if task.training.mirror else None
 
