@@ -136,7 +136,8 @@ class Preprocessed(Dataset):
 
 
 class Patches(Dataset):
-    """Item i is the i-th training step's batch: its cases and its random numbers depend on seed and i alone."""
+    """Item i is the i-th training step's batch: its cases and its random numbers depend on seed and i alone. A third
+    part says which classes each label was drawn for, where the volumes have `annotated`."""
 
     def __init__(self, task: Task, volumes: Any, steps: int, seed: int) -> None:
         self.volumes, self.steps, self.seed = volumes, steps, seed
@@ -146,7 +147,7 @@ class Patches(Dataset):
     def __len__(self) -> int:
         return self.steps
 
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, i: int) -> tuple[Tensor, ...]:
         patches = []
         self.transforms.set_random_state(int(np.random.SeedSequence([self.seed, i]).generate_state(1)[0]))
         for number in range(i * self.batch, (i + 1) * self.batch):
@@ -154,5 +155,5 @@ class Patches(Dataset):
             order = list(range(len(self.volumes)))
             random.Random(f"{self.seed} {epoch}").shuffle(order)
             patches += self.transforms(dict(self.volumes[order[position]]))
-        image, label = (torch.stack([p[key].as_tensor() for p in patches]) for key in ("image", "label"))
-        return image, label
+        batch = tuple(torch.stack([p[key].as_tensor() for p in patches]) for key in ("image", "label"))
+        return (*batch, torch.stack([p["annotated"] for p in patches])) if "annotated" in patches[0] else batch

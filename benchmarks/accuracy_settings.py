@@ -26,6 +26,8 @@ SMALL: dict[str, Any] = {
     "training.language_learning_rate": 1e-4,
     "training.patches_per_case": 1,
 }
+# Likewise for the abdomen, whose volumes are larger: one patch holds most of one.
+ABDOMEN: dict[str, Any] = {**SMALL, "spacing": [6.0, 6.0, 6.0]}
 SMALL_ITERATIONS = 200
 # Short-axis images have the heart in their middle: the field holds 99.5% of what is labelled, one patch the field.
 FIELDS: dict[str, tuple[float, float]] = {"small": (192.0, 192.0)}

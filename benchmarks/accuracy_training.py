@@ -142,7 +142,7 @@ def train(
     network: TrainingNetwork | VisionTraining,
     task: Task,
     patches: Patches,
-    probe: Sequence[tuple[Tensor, Tensor]],
+    probe: Sequence[tuple[Tensor, ...]],
     device: torch.device,
     kind: str,
     workers: int = 0,
@@ -166,11 +166,11 @@ def train(
     curves: dict[str, list] = {}
     window: list[dict[str, float]] = []
     every = max(1, steps // POINTS)
-    for step, (image, label) in enumerate(DataLoader(patches, batch_size=None, num_workers=workers), 1):
+    for step, batch in enumerate(DataLoader(patches, batch_size=None, num_workers=workers), 1):
         network.train()
         optimizer.zero_grad(set_to_none=True)
         with precision(device, kind):
-            parts = network(image.to(device), label.to(device))
+            parts = network(*(part.to(device) for part in batch))
         if not torch.isfinite(parts["loss"]):
             raise ValueError(f"the loss became {parts['loss'].item()} at step {step}; lower training.learning_rate")
         descend(parts["loss"], optimizer, network.uncertainty if isinstance(network, TrainingNetwork) else None)
@@ -190,14 +190,12 @@ def train(
 
 
 @torch.no_grad()
-def text_state(
-    model: BiPVLSeg, probe: Sequence[tuple[Tensor, Tensor]], device: torch.device, kind: str
-) -> dict[str, Any]:
+def text_state(model: BiPVLSeg, probe: Sequence[tuple[Tensor, ...]], device: torch.device, kind: str) -> dict[str, Any]:
     """Concept weights w_k (C, K) and the cosines of T and V of all classes (C, C), mean over the probe's patches; the
     spread of the class rows, 0 where all sentences have become one vector."""
     model.eval()
     weights, similarity, spread = [], [], []
-    for image, _ in probe:
+    for image, *_ in probe:
         with precision(device, kind):
             output = model(image.to(device))
         weights.append(output.weights.float())

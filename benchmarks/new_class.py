@@ -1,12 +1,15 @@
 """A class that joins a trained network: from its description, or as a fresh output channel.
 
     python benchmarks/new_class.py run --data FOLDER      trains, adapts and scores; goes on where it was stopped
+    python benchmarks/new_class.py run --task amos22-ct --data FOLDER --fold 0 --new liver
+    python benchmarks/new_class.py run --task quickstart --new spleen          generated phantoms
     python benchmarks/new_class.py tables                 the section of docs/text.md
 
 A network of each head is trained on a task without one class, whose voxels are background there, as they are in the
 files of people who have not asked for it yet. Then the class joins the task. With the text head the network goes on as
 it is and reads the class's sentences; with the fixed head its output channel begins anew, and all other weights stay.
-Both are scored at once (0 cases) and after a short training on 1, 3 and 5 cases in which all classes are drawn.
+Both are scored at once (0 cases) and after a short training on 1, 3 and 5 cases in which all classes are drawn; with
+`--mix` half of the steps see cases of before, in which the class is not drawn and does not count, as in a round.
 """
 
 from __future__ import annotations
@@ -26,13 +29,14 @@ import typer  # noqa: E402
 from monai.utils import set_determinism  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from accuracy_data import Patches, Preprocessed, find_cases, split_cases  # noqa: E402
-from accuracy_settings import FIELDS, SMALL  # noqa: E402
+from accuracy_data import Patches, Preprocessed, Split, find_cases, split_cases  # noqa: E402
+from accuracy_settings import ABDOMEN, FIELDS, SMALL  # noqa: E402
 from accuracy_training import train  # noqa: E402
 from common import RESULTS, save  # noqa: E402
 from documents import insert  # noqa: E402
 from lib import checkpoints  # noqa: E402
 from lib.nets import BiPVLSeg, build_model  # noqa: E402
+from lib.phantom import write_studies  # noqa: E402
 from lib.segment import predict  # noqa: E402
 from lib.tasks import Task, load_task  # noqa: E402
 from lib.trainers.objective import TrainingNetwork  # noqa: E402
@@ -41,6 +45,13 @@ from text_moves import DOCUMENT, dice  # noqa: E402
 WORK = Path.home() / ".cache" / "bipvl-accuracy"
 NAME = "new-class"
 SHOTS = (1, 3, 5)
+# Sizes, what the networks see of a volume, and a class to hold out.
+TASKS: dict[str, tuple[dict[str, Any], tuple[float, float] | None, str]] = {
+    "acdc-mr": (SMALL, FIELDS["small"], "right ventricle"),
+    "amos22-ct": (ABDOMEN, None, "liver"),
+    "quickstart": ({"patch": [64, 64, 32], "training.patches_per_case": 1}, None, "spleen"),
+}
+PHANTOMS = (20, 6)  # training and test
 Case = dict[str, Any]
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -48,31 +59,49 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pret
 
 @app.command("run")
 def run_command(
-    data: Annotated[Path, typer.Option(help="folder of the data set")],
+    data: Annotated[Path | None, typer.Option(help="folder of the data set; none: generated phantoms")] = None,
+    task: Annotated[str, typer.Option(help=", ".join(TASKS))] = "acdc-mr",
     new: Annotated[list[str] | None, typer.Option(help="classes to hold out, each by itself")] = None,
+    fold: Annotated[
+        int | None, typer.Option(help="0, 1 or 2: a third of the patients is tested, all others train")
+    ] = None,
+    mix: Annotated[bool, typer.Option(help="half of the steps see cases of before, in twice as many steps")] = False,
     seeds: int = 2,
     steps: Annotated[int, typer.Option(help="of the training without the class")] = 150,
     more: Annotated[int, typer.Option(help="steps with the labelled cases")] = 40,
     work: Annotated[Path, typer.Option(help="preprocessed volumes")] = WORK,
 ) -> None:
     """Train, adapt and score."""
+    settings, field, usual = TASKS[task]
     path = RESULTS / f"{NAME}.json"
     runs: list[dict[str, Any]] = json.loads(path.read_text())["runs"] if path.is_file() else []
-    split = split_cases(find_cases(data))
-    full = load_task("acdc-mr", SMALL)
+    split = split_cases(find_cases(data), fold=fold) if data else phantoms(work / "phantoms")
+    full = load_task(task, settings)
     training, test = (
-        list(Preprocessed(full, cases, work / "volumes", FIELDS["small"]))
-        for cases in (split.training, _firsts(split.test))
+        list(Preprocessed(full, cases, work / "volumes", field))
+        for cases in (split.training, first_of_patients(split.test))
     )
     for seed in range(seeds):
-        for name in new or ["right ventricle"]:
+        for name in new or [usual]:
             for head in ("text", "fixed"):
-                if any((r["seed"], r["new"], r["head"]) == (seed, name, head) for r in runs):
+                key = {"task": task, "head": head, "new": name, "seed": seed, "fold": fold, "mix": mix}
+                if any(key.items() <= r.items() for r in runs):
                     continue
-                task = load_task("acdc-mr", {**SMALL, "model.head": head})
-                runs.append({"head": head, "new": name, "seed": seed, "steps": steps, "more": more})
-                runs[-1] |= one(task, name, training, test, seed, steps, more)
-                save(NAME, {"task": task.name, "training": len(training), "test": len(test), "runs": runs})
+                known = load_task(task, {**settings, "model.head": head})
+                counts = {"training": len(training), "test": len(test), "steps": steps, "more": more}
+                runs.append({**key, **counts, **one(known, name, training, test, seed, steps, more, mix)})
+                save(NAME, {"runs": runs})
+
+
+def phantoms(folder: Path) -> Split:
+    """Generated cases."""
+    count = sum(PHANTOMS)
+    images = write_studies(folder, count, count)
+    cases = [
+        {"id": p.name.split(".")[0], "patient": p.name, "image": str(p), "label": str(folder / "labels/final" / p.name)}
+        for p in images
+    ]
+    return Split(cases[: PHANTOMS[0]], [], cases[PHANTOMS[0] :])
 
 
 @app.command("tables")
@@ -82,7 +111,7 @@ def tables_command() -> None:
 
 
 def one(
-    task: Task, new: str, training: Sequence[Case], test: Sequence[Case], seed: int, steps: int, more: int
+    task: Task, new: str, training: Sequence[Case], test: Sequence[Case], seed: int, steps: int, more: int, mix: bool
 ) -> dict[str, Any]:
     """Dice of each class: of the network without the new class, and of the one that has it, by its labelled cases."""
     old = task.only([name for name in task.classes if name != new])
@@ -92,11 +121,20 @@ def one(
     found: dict[str, Any] = {"before": score(base, old, task, test), "after": {}}
     kept = checkpoints.checkpoint_of(base, old, {})
     shuffled = torch.randperm(len(training), generator=torch.Generator().manual_seed(seed)).tolist()
-    for cases in (0, *SHOTS):
+    everything = torch.ones(len(task.classes), dtype=torch.bool)
+    others = torch.tensor([name != new for name in task.classes])
+    for cases in (0, *(n for n in SHOTS if n <= len(training))):
         set_determinism(seed)
         model = joined(kept, task)
         if cases:
-            model = fit(model, task, [training[i] for i in shuffled[:cases]], more, seed)
+            chosen = [{**training[i], "annotated": everything} for i in shuffled[:cases]]
+            if mix:
+                value = 1 + task.classes.index(new)
+                before = [training[i] for i in shuffled[-cases:]]
+                undrawn = [case["label"].masked_fill(case["label"] == value, 0) for case in before]
+                pairs = zip(before, undrawn, strict=True)
+                chosen += [{**case, "label": label, "annotated": others} for case, label in pairs]
+            model = fit(model, task, chosen, more * (1 + mix), seed)
         found["after"][str(cases)] = score(model, task, task, test)
         print(task.model.head, new, seed, cases, json.dumps(found["after"][str(cases)]), file=sys.stderr, flush=True)
     return found
@@ -135,7 +173,8 @@ def without(label: Tensor, task: Task, old: Task) -> Tensor:
 
 
 def score(model: BiPVLSeg, asked: Task, task: Task, test: Sequence[Case]) -> dict[str, float]:
-    """Mean Dice over cases of each class of `asked`, on the network's grid; labels are numbered as in `task`."""
+    """Mean Dice of each class of `asked` over the cases that show it, on the network's grid; labels are numbered as in
+    `task`."""
     model.eval()
     found: dict[str, list[float]] = {name: [] for name in asked.classes}
     with torch.no_grad():
@@ -143,28 +182,31 @@ def score(model: BiPVLSeg, asked: Task, task: Task, test: Sequence[Case]) -> dic
             mask = predict(model, case["image"], asked).probabilities.argmax(0)
             label = case["label"].as_tensor()[0].long()
             for i, name in enumerate(asked.classes, 1):
-                found[name].append(dice(mask, i, label, 1 + task.classes.index(name)))
-    return {name: round(statistics.mean(values), 4) for name, values in found.items()}
+                value = 1 + task.classes.index(name)
+                if (label == value).any():
+                    found[name].append(dice(mask, i, label, value))
+    return {name: round(statistics.mean(values), 4) for name, values in found.items() if values}
 
 
 def table(runs: Sequence[dict[str, Any]]) -> str:
     """A row a held-out class, head and number of cases: Dice of the new class, and what the old ones lost."""
     lines = [
-        "| class that joins | head | labelled cases | its Dice | Dice of the others before | after | seeds |",
+        "| task | class that joins | head | labelled cases | its Dice | Dice of the others before | after |",
         "|---|---|---|---|---|---|---|",
     ]
-    for new, head in dict.fromkeys((r["new"], r["head"]) for r in runs):
-        some = [r for r in runs if (r["new"], r["head"]) == (new, head)]
+    for task, new, mix, head in dict.fromkeys((r["task"], r["new"], r["mix"], r["head"]) for r in runs):
+        some = [r for r in runs if (r["task"], r["new"], r["mix"], r["head"]) == (task, new, mix, head)]
         before = statistics.mean(v for r in some for v in r["before"].values())
         for cases in some[0]["after"]:
             after = [r["after"][cases] for r in some]
             others = statistics.mean(v for a in after for name, v in a.items() if name != new)
             own = ", ".join(f"{a[new]:.2f}" for a in after)
-            lines.append(f"| {new} | {head} | {cases} | {own} | {before:.2f} | {others:.2f} | {len(some)} |")
+            mixed = " and as many of before" if mix and cases != "0" else ""
+            lines.append(f"| {task} | {new} | {head} | {cases}{mixed} | {own} | {before:.2f} | {others:.2f} |")
     return "\n".join(lines) + "\n"
 
 
-def _firsts(cases: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+def first_of_patients(cases: Sequence[dict[str, str]]) -> list[dict[str, str]]:
     """The first case of each patient."""
     return list({case["patient"]: case for case in reversed(cases)}.values())
 

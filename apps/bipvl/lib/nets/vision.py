@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint
+from monai.networks.blocks import UnetrUpBlock
 from monai.networks.layers import SkipConnection
 from monai.networks.nets import UNETR, BasicUNetPlusPlus, SwinUNETR, UNet
 from monai.networks.nets.swin_unetr import WindowAttention
@@ -131,7 +132,7 @@ class SwinUNETRBackbone(VisionBackbone):
         eighth = net.decoder4(x, net.encoder4(x2))
         quarter = net.decoder3(eighth, net.encoder3(x1))
         half = net.decoder2(quarter, net.encoder2(x0))
-        return [eighth, quarter, half, net.decoder1(half, net.encoder1(image))]
+        return [eighth, quarter, half, _up(net.decoder1, half, lambda: net.encoder1(image))]
 
 
 class UNETRBackbone(VisionBackbone):
@@ -240,6 +241,12 @@ class UNetPlusPlusBackbone(VisionBackbone):
                 upcat = getattr(self.net, f"upcat_{level}_{column}")
                 nodes[level, column] = upcat(nodes[level + 1, column - 1], skips)
         return [nodes[3, 1], nodes[2, 2], nodes[1, 3], nodes[0, 4]]
+
+
+def _up(block: UnetrUpBlock, x: Tensor, skip: Callable[[], Tensor]) -> Tensor:
+    """MONAI's upsampling block, its skip connection gone before the convolutions: whoever calls the block itself holds
+    it meanwhile, 0.16 GiB in a window of 96³ with 48 channels."""
+    return block.conv_block(torch.cat((block.transp_conv(x), skip()), dim=1))
 
 
 def _checkpointed(module: nn.Module, x: Tensor) -> Tensor:
