@@ -9,14 +9,13 @@ goes on with the sentences that it was trained with. Each file is whole at every
 from __future__ import annotations
 
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from lib.files import write_json
+from lib.files import numbered, write_json
 from lib.tasks import Concepts, Review, Task, TaskError
 from lib.versions import now
 
@@ -64,12 +63,7 @@ class Revisions:
 
     def numbers(self) -> list[int]:
         """Revisions there are, oldest first; without 0, which is the file."""
-        try:
-            names = [path.name for path in self.folder.iterdir()]
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        found = (re.fullmatch(r"r(\d{4,})\.json", name) for name in names)
-        return sorted(int(match[1]) for match in found if match)
+        return numbered(self.folder, "r", "json")
 
     @property
     def newest(self) -> int:

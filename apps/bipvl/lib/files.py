@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -49,3 +50,13 @@ def clear_unfinished(folder: Path, pattern: str) -> None:
     """Remove what killed writers of matching files left. Only for whom no other process can be writing them."""
     for path in folder.glob(f".{pattern}.*"):
         path.unlink(missing_ok=True)
+
+
+def numbered(folder: Path, letter: str, suffix: str) -> list[int]:
+    """The numbers of a folder's files that are called like v0001.pt, in order; none where there is no folder."""
+    try:
+        names = [path.name for path in folder.iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    found = (re.fullmatch(rf"{letter}(\d{{4,}})\.{suffix}", name) for name in names)
+    return sorted(int(match[1]) for match in found if match)

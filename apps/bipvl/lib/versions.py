@@ -33,7 +33,7 @@ from lib.checkpoints import (
     save,
     text_assets,
 )
-from lib.files import clear_unfinished, sha256, write_json
+from lib.files import clear_unfinished, numbered, sha256, write_json
 from lib.tasks import Task
 
 __all__ = [
@@ -69,7 +69,7 @@ class Versions:
 
     def numbers(self) -> list[int]:
         """Versions there are, oldest first, served or not."""
-        return self._numbers("pt")
+        return numbered(self.folder, "v", "pt")
 
     def path(self, version: int) -> Path:
         return self.folder / f"v{version:04d}.pt"
@@ -259,7 +259,7 @@ class Versions:
             clear_unfinished(self.folder, "v*.pt")
             # A number is never given twice, even where somebody has deleted the newest version.
             served = self._served_or_none()
-            version = max([*self.numbers(), *self._numbers("json"), served or 0], default=0) + 1
+            version = max([*self.numbers(), *numbered(self.folder, "v", "json"), served or 0], default=0) + 1
             manifest = {"parent": served, **checkpoint["manifest"]}
             manifest |= {"version": version, "status": PUBLISHED if serve else KEPT}
             try:
@@ -298,14 +298,6 @@ class Versions:
             return self.served
         except CheckpointError:
             return None
-
-    def _numbers(self, suffix: str) -> list[int]:
-        try:
-            names = [p.name for p in self.folder.iterdir()]
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        found = (re.fullmatch(rf"v(\d{{4,}})\.{suffix}", name) for name in names)
-        return sorted(int(m[1]) for m in found if m)
 
     def _sidecar(self, version: int) -> Path:
         return self.path(version).with_suffix(".json")
