@@ -1,9 +1,10 @@
-"""The benchmarks of explanation and of classes that join: cases to derive by hand."""
+"""The benchmarks of explanation, of classes that join and of one network for two tasks: cases to derive by hand."""
 
 import sys
 
 import pytest
 import torch
+from monai.data import MetaTensor
 
 from conftest import ROOT
 from helpers import tiny_task
@@ -15,6 +16,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import explanation  # noqa: E402
 import injected  # noqa: E402
 import new_class  # noqa: E402
+import two_tasks  # noqa: E402
+from accuracy_data import Patches  # noqa: E402
 
 MM3 = (3.0, 3.0, 4.0)
 
@@ -97,3 +100,33 @@ def test_labels_without_a_class():
     task = tiny_task()
     old = task.only(task.classes[1:])
     assert new_class.without(torch.tensor([0, 1, 2, 3]), task, old).tolist() == [0, 0, 1, 2]
+
+
+def volume(task, **more):
+    label = torch.arange(1 + len(task.classes)).repeat_interleave(task.patch[0] // 4)[:, None, None]
+    label = label.expand(task.patch)[None].clone()
+    return {"image": MetaTensor(torch.rand(1, *task.patch)), "label": MetaTensor(label), **more}
+
+
+def test_patches_say_what_their_labels_were_drawn_for():
+    task = tiny_task()
+    known = torch.tensor([True, False, True])
+    image, label, annotated = Patches(task, [volume(task, annotated=known)], 1, 0)[0]
+    assert len(image) == len(label) == task.training.patches_per_case
+    assert annotated.tolist() == [known.tolist()] * len(image)
+    assert len(Patches(task, [volume(task)], 1, 0)[0]) == 2
+
+
+def test_two_tasks_share_every_weight(tmp_path):
+    """Each task's checkpoint has the same weights and answers for its own classes."""
+    first = tiny_task(model={"head": "text"})
+    second = first.only(first.classes[1:]).model_copy(update={"name": "other"})
+    files = [tmp_path / "first.pt", tmp_path / "second.pt"]
+    two_tasks.learn([first, second], [[volume(first)], [volume(second)]], 1, 0, files)
+    restored = [checkpoints.restore_model(checkpoints.load(file), file) for file in files]
+    assert [task.name for _, task in restored] == ["tiny", "other"]
+    (one, _), (other, _) = restored
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    image = torch.rand(1, 1, *first.patch)
+    with torch.no_grad():
+        assert [model.eval()(image).logits.shape[1] for model, _ in restored] == [4, 3]

@@ -23,10 +23,10 @@ from server import Server
 
 PATIENTS = {"CASE-A": slice(0, 10), "CASE-B": slice(10, 20), "CASE-C": slice(20, 30)}
 LABELS = yaml.safe_load((ROOT / "sample-apps-config" / "quickstart.yaml").read_text())["labels"]
-# The drawing in the active viewport, as the viewer holds it.
-DRAWING = """() => {
+# The drawing in the active viewport as the viewer holds it, or another volume of its.
+DRAWING = """id => {
     const segmentation = cornerstoneTools.segmentation.state.getSegmentations()[0]
-    const volume = cornerstone.cache.getVolume(segmentation.representationData.Labelmap.volumeId)
+    const volume = cornerstone.cache.getVolume(id ?? segmentation.representationData.Labelmap.volumeId)
     const data = volume.voxelManager.getCompleteScalarDataArray()
     let text = ''
     for (let i = 0; i < data.length; i += 32768) text += String.fromCharCode(...data.slice(i, i + 32768))
@@ -99,8 +99,8 @@ class Drawing:
         return {name: n for name, n in found.items() if n}
 
 
-def drawing(visit: Visit) -> Drawing:
-    found = visit.page.evaluate(DRAWING)
+def drawing(visit: Visit, volume: str | None = None) -> Drawing:
+    found = visit.page.evaluate(DRAWING, volume)
     voxels = np.frombuffer(base64.b64decode(found["data"]), np.uint8).reshape(found["dimensions"][::-1])
     direction = found["direction"]
     return Drawing(voxels, np.array(found["origin"]), np.reshape(direction, (3, 3)), np.array(found["spacing"]))
@@ -121,26 +121,36 @@ def shares(counts: Any) -> dict[str, float]:
     return dict(zip(LABELS, (np.asarray(counts) / max(1, np.sum(counts))).tolist(), strict=True))
 
 
-def in_view(visit: Visit, drawn: Drawing) -> dict[str, float]:
-    """What the part of the first viewport that `Visit.shown` returns has to show: the share of each label among the
-    drawn places of a grid over it."""
-    places = visit.page.evaluate(
-        """() => {
+def places(visit: Visit, n: int = 200) -> np.ndarray:
+    """Where in space the part of the first viewport is that `Visit.shown` returns: (n, n, 3) mm, rows first."""
+    found = visit.page.evaluate(
+        """n => {
             const canvas = document.querySelector('canvas.cornerstone-canvas')
             const viewports = cornerstone.getRenderingEngines().flatMap(engine => engine.getViewports())
             const viewport = viewports.find(each => each.canvas === canvas)
             const { clientWidth: width, clientHeight: height } = canvas
-            const places = []
-            for (let i = 0; i < 200; i++)
-                for (let j = 0; j < 200; j++)
-                    places.push(viewport.canvasToWorld([width * (0.25 + i / 400), height * (0.25 + j / 400)]))
-            return places.map(place => [...place])
-        }"""
+            const part = i => 0.25 + (i + 0.5) / (2 * n)
+            const steps = [...Array(n).keys()]
+            return steps.map(j => steps.map(i => [...viewport.canvasToWorld([width * part(i), height * part(j)])]))
+        }""",
+        n,
     )
-    at = drawn.indices(np.array(places))[:, ::-1]  # as voxels
-    at = at[((at >= 0) & (at < drawn.voxels.shape)).all(1)]
-    values = drawn.voxels[tuple(at.T)]
-    return shares([(values == label["value"]).sum() for label in LABELS.values()])
+    return np.array(found)
+
+
+def in_view(visit: Visit, drawn: Drawing) -> np.ndarray:
+    """What the part of the first viewport that `Visit.shown` returns has to show: values at its places, -1 outside of
+    the volume."""
+    at = drawn.indices(places(visit))[..., ::-1]  # as voxels
+    inside = ((at >= 0) & (at < drawn.voxels.shape)).all(-1)
+    values = drawn.voxels[tuple(np.moveaxis(np.where(inside[..., None], at, 0), -1, 0))].astype(int)
+    return np.where(inside, values, -1)
+
+
+def sampled(pixels: np.ndarray, n: int = 200) -> np.ndarray:
+    """The pixels of `Visit.shown` at `places`."""
+    rows, columns = (((np.arange(n) + 0.5) * size / n).astype(int) for size in pixels.shape[:2])
+    return pixels[rows[:, None], columns]
 
 
 def colours(visit: Visit) -> dict[str, float]:
@@ -238,7 +248,8 @@ def test_annotators_loop(site: Site, visit: Visit) -> None:
     wait_for(visit, ".version", "Drawn by an untrained model")
     assert "untrained weights" in page.locator(".warnings").inner_text()
     proposed = drawing(visit)
-    assert colours(visit) == pytest.approx(in_view(visit, proposed), abs=0.05)
+    seen = in_view(visit, proposed)
+    assert colours(visit) == pytest.approx(shares([(seen == l["value"]).sum() for l in LABELS.values()]), abs=0.05)
 
     # A correction is not submitted yet; who leaves is asked.
     visit.stroke("aorta", radius=1, fine=True)  # an untrained model mixes its labels; some shall stay as proposed
@@ -317,6 +328,26 @@ def test_annotators_loop(site: Site, visit: Visit) -> None:
     wait_for(visit, ".version", "Drawn by version 1")
     assert not page.locator(".warnings li").count()
     visit.picture("ohif-version-1")
+
+    # How sure it is, as colours over the image.
+    page.locator("summary").filter(has_text="Options").click()
+    page.locator('[name="infer.uncertainty_map"]').check()
+    page.locator("summary").filter(has_text="Options").click()
+    button(visit, "Auto-Segmentation").click()
+    page.get_by_role("link", name="Download the uncertainty map").wait_for()
+    certain = visit.shown()
+    button(visit, "Show the uncertainty").click()
+    button(visit, "Hide the uncertainty").wait_for()
+    page.wait_for_timeout(1000)
+    visit.picture("ohif-uncertainty")
+    percent = in_view(visit, drawing(visit, f"uncertainty quickstart {site.series[free]}"))
+    changed = np.abs(sampled(visit.shown()) - sampled(certain)).max(-1)
+    assert changed[percent < 0].max() == 0
+    assert changed[percent == 0].mean() < 1 and changed[percent > 50].mean() > 50
+    button(visit, "Hide the uncertainty").click()
+    button(visit, "Show the uncertainty").wait_for()
+    page.wait_for_timeout(1000)
+    np.testing.assert_array_equal(visit.shown(), certain)
     page.reload()
     visit.wait_for_pictures()
     button(visit, "Load the submitted label").click()

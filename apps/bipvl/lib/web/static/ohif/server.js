@@ -63,11 +63,15 @@ export async function submit(series, file, params) {
   return (await request('PUT', '/datastore/label', { query, body: form })).json()
 }
 
+/** A label of a series, of any tag, as a NIfTI file. */
+export async function kept(series, tag) {
+  return (await request('GET', '/datastore/label', { query: { label: series, tag } })).arrayBuffer()
+}
+
 /** The final label of a series as a NIfTI file, or null where there is none. */
 export async function label(series) {
   try {
-    const response = await request('GET', '/datastore/label', { query: { label: series, tag: 'final' } })
-    return await response.arrayBuffer()
+    return await kept(series, 'final')
   } catch (error) {
     if (error.status === 404) return null
     throw error

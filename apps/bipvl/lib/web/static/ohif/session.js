@@ -2,6 +2,7 @@
 
 import { Drawing, activeSeries } from './drawing.js'
 import * as keep from './keep.js'
+import { Overlay } from './overlay.js'
 import * as server from './server.js'
 import { fromNifti, toNifti } from './volumes.js'
 
@@ -20,6 +21,7 @@ export class Session {
     this.drawing = null // the one in the active viewport
     this.drawings = new Map() // by id, all that were opened
     this.result = null // of the last auto-segmentation of this drawing
+    this.overlay = null // the uncertainty map over the images, while it is shown
     this.submitted = null // what the server has of this drawing: {when, voxels}, or {} for a label of before
     this.training = null // the status of the latest round
     this.busy = '' // what is being done
@@ -78,7 +80,7 @@ export class Session {
       drawing.close()
     }
     this.drawings.clear()
-    this.drawing = null
+    this.drawing = this.overlay = null
     clearTimeout(this._timer)
   }
 
@@ -116,10 +118,12 @@ export class Session {
     }
     const drawing = this.drawings.get(id)
     if (this.drawing !== drawing) {
+      this.hideMap()
       Object.assign(this, { drawing, result: null, submitted: null, kept: null, message: null })
       this.onChange()
     }
     await drawing.show()
+    await this.overlay?.show()
     if (drawing.ready && !drawing.looked) {
       drawing.looked = true
       await this._look(drawing)
@@ -201,9 +205,29 @@ export class Session {
       if (drawing.edits !== edits && !this.confirm('You have drawn while the server worked. Replace that by its mask?')) return
       await this._keep(drawing)
       drawing.write(await fromNifti(mask))
+      this.hideMap()
       this.result = result
       await this._refresh()
     })
+  }
+
+  /** Show the uncertainty map of the mask that the model drew. */
+  showMap() {
+    const { drawing, result } = this
+    this._run('Loading the uncertainty map', async () => {
+      const { label, tag } = result.uncertainty_map
+      const map = await fromNifti(await server.kept(label, tag))
+      if (this.result !== result) return // another mask has come meanwhile
+      const overlay = new Overlay(this.services, drawing, map)
+      await overlay.show()
+      this.overlay = overlay
+    })
+  }
+
+  hideMap() {
+    this.overlay?.hide()
+    this.overlay = null
+    this.onChange()
   }
 
   submit() {

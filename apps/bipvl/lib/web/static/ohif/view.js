@@ -6,7 +6,8 @@ const PANEL = `
 <label class="task">Task <select></select></label>
 <div class="row"><button class="segment" type="button">Auto-Segmentation</button><span class="version"></span></div>
 <ul class="warnings"></ul>
-<a class="map" download hidden>Download the uncertainty map</a>
+<div class="row map" hidden><button class="overlay minor" type="button"></button>
+  <a download>Download the uncertainty map</a></div>
 <div class="row"><button class="submit" type="button">Submit Label</button><span class="drawn"></span></div>
 <div class="row kept"><span></span>
   <button class="restore minor" type="button">Bring it back</button>
@@ -46,6 +47,7 @@ export class View {
     this._find = find
     for (const [name, action] of Object.entries({
       segment: () => session.segment(),
+      overlay: () => session.overlay ? session.hideMap() : session.showMap(),
       submit: () => session.submit(),
       next: () => session.next(),
       train: () => session.train(),
@@ -67,6 +69,7 @@ export class View {
     this._enable('segment', ready)
     this._enable('submit', ready)
     this._enable('load', ready)
+    this._enable('overlay', ready)
     this._enable('restore', ready)
     this._enable('discard', ready)
     this._enable('next', info && !busy)
@@ -110,11 +113,12 @@ export class View {
     return result.model_version === model.version ? drawn : `${drawn} ${served}`
   }
 
-  /** Where the server keeps the map of the mask that is shown, if one was asked for. */
+  /** The map of the mask that is shown, if one was asked for. */
   _map(kept) {
-    const link = this._find('.map')
-    link.hidden = !kept
-    if (kept) link.href = `/datastore/label?${new URLSearchParams({ label: kept.label, tag: kept.tag })}`
+    this._find('.map').hidden = !kept
+    if (!kept) return
+    this._find('.map a').href = `/datastore/label?${new URLSearchParams({ label: kept.label, tag: kept.tag })}`
+    this._text('.overlay', this.session.overlay ? 'Hide the uncertainty' : 'Show the uncertainty')
   }
 
   _drawn() {
