@@ -249,7 +249,8 @@ def test_annotators_loop(site: Site, visit: Visit) -> None:
     assert "untrained weights" in page.locator(".warnings").inner_text()
     proposed = drawing(visit)
     seen = in_view(visit, proposed)
-    assert colours(visit) == pytest.approx(shares([(seen == l["value"]).sum() for l in LABELS.values()]), abs=0.05)
+    expected = shares([(seen == label["value"]).sum() for label in LABELS.values()])
+    assert colours(visit) == pytest.approx(expected, abs=0.05)
 
     # A correction is not submitted yet; who leaves is asked.
     visit.stroke("aorta", radius=1, fine=True)  # an untrained model mixes its labels; some shall stay as proposed
