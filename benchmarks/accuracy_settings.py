@@ -34,8 +34,8 @@ FIELDS: dict[str, tuple[float, float]] = {"small": (192.0, 192.0)}
 FEW = (4, 8, 16)  # training patients of the learning curve, besides all
 SIZES: dict[str, dict[str, Any]] = {"small": SMALL, "paper": {}}
 
-# The paper's Table 3 (ablations) and Table 2 (text formats), text of the wrong class already in training, and what
-# Swin UNETR gains from class maps of its decoder without any text.
+# The paper's Table 3 (ablations) and Table 2 (text formats), text of the wrong class already in training, what
+# Swin UNETR gains from class maps of its decoder without any text, and the text head with steps that know some classes.
 ABLATIONS: dict[str, dict[str, Any]] = {
     "paper-embedding": {"model.class_embedding": "last"},
     "no-local": {"training.local_weight": 0.0},
@@ -46,7 +46,11 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 FORMATS: dict[str, dict[str, Any]] = {name: {"model.text_format": name} for name in ("ambiguous", "definition", "name")}
 SHUFFLED = "shuffled-training"
 SUPERVISED = "deep-supervision"
-VARIANTS: dict[str, dict[str, Any]] = {"": {}, **ABLATIONS, **FORMATS, SHUFFLED: {}, SUPERVISED: {}}
+DROPPED = "drop-classes"
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{"": {}, **ABLATIONS, **FORMATS, SHUFFLED: {}, SUPERVISED: {}},
+    DROPPED: {"training.drop_classes": 0.3},
+}
 
 
 @dataclass(frozen=True)
@@ -147,9 +151,11 @@ def matrix(task: str, size: str, seeds: int = 3, paper_protocol: bool = False) -
         return [Run(task, size=size, fold=fold, **m) for m in models for fold in range(3)]
     supervised = {**plain, "variant": SUPERVISED}
     compared = (plain, fixed, text, supervised)
+    dropped = {**text, "variant": DROPPED}
     runs = [Run(task, size=size, seed=s, **m) for s in range(seeds) for m in compared]
     runs += [Run(task, size=size, train_patients=n, **m) for n in FEW for m in compared]
     runs += [Run(task, "bipvl", variant=v, size=size) for v in ABLATIONS]
+    runs += [Run(task, size=size, seed=s, **dropped) for s in range(seeds)]
     runs += [Run(task, "bipvl", variant=v, size=size) for v in (SHUFFLED, *FORMATS)]
     runs += [Run(task, m, size=size) for m in others]
     runs += [

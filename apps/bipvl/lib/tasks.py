@@ -153,7 +153,7 @@ class Training(_Model):
     temperature: Annotated[float, Field(gt=0)] = 0.2
     text_interval: Annotated[int, Field(ge=1)] = 1  # steps a reading of the text lasts (docs/training.md)
     text_noise: Annotated[float, Field(ge=0)] = 0.01
-    drop_classes: Annotated[float, Field(ge=0, le=1)] = 0.3  # text head: share of steps that know some classes only
+    drop_classes: Annotated[float, Field(ge=0, le=1)] = 0.0  # text head: share of steps that know some classes only
     drop_concepts: Annotated[float, Field(ge=0, le=1)] = 0.0  # text head: share of steps that read some sentences only
     mirror: Annotated[float, Field(ge=0, le=1)] = 0.0  # text head: share of steps that mirror patient and words
     global_weight: Annotated[float, Field(ge=0)] = 1.0
