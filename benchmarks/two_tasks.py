@@ -128,7 +128,7 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
     """A row a task: mean Dice of its classes by its own network and by the shared one, seed by seed."""
     lines = ["| task | cases | a network of its own | one network for both |", "|---|---|---|---|"]
     for name in (HEART, ABDOMINAL):
-        for part, title in (("dice", "test"), ("dice_trained_on", "two that it trained on")):
+        for part, title in (("dice", "test"), ("dice_trained_on", "trained on")):
             cells = []
             for count in (1, 2):
                 some = [r for r in runs if len(r["tasks"]) == count and name in r["tasks"]]
