@@ -72,6 +72,10 @@ def run_command(
     work: Annotated[Path, typer.Option(help="preprocessed volumes")] = WORK,
 ) -> None:
     """Train, adapt and score."""
+    if task not in TASKS:
+        raise typer.BadParameter(f"--task {task}: valid are {', '.join(TASKS)}")
+    if not data and task != "quickstart":
+        raise typer.BadParameter(f"--task {task} needs --data FOLDER: generated phantoms have the labels of quickstart")
     settings, field, usual = TASKS[task]
     path = RESULTS / f"{NAME}.json"
     runs: list[dict[str, Any]] = json.loads(path.read_text())["runs"] if path.is_file() else []

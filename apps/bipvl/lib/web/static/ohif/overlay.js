@@ -28,6 +28,7 @@ export class Overlay {
   /** Show it, also in viewports that have come since. */
   async show() {
     const viewports = this._viewports().filter(viewport => !viewport.getActor(this.id))
+    if (!viewports.length) return
     for (const viewport of viewports) {
       const { volumeId } = this._volume(viewport)
       // The largest value in a slice: adding up along the line of sight would make the colours of a thin slice faint.
