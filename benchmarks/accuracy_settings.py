@@ -112,8 +112,7 @@ class Run:
         """
         changes = {**SIZES[self.size], **VARIANTS[self.variant], **dict(self.overrides)}
         if self.model == "bipvl":
-            if self.head != "fixed":
-                changes["model.head"] = self.head
+            changes["model.head"] = self.head
         elif self.model in ("swin_unetr_v2", "unetr", "unet", "unetpp"):
             changes["model.vision"] = self.model
         task = load_task(self.task, changes)

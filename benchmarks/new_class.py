@@ -134,7 +134,7 @@ def one(
             chosen = [{**training[i], "annotated": everything} for i in shuffled[:cases]]
             if mix:
                 value = 1 + task.classes.index(new)
-                before = [training[i] for i in shuffled[-cases:]]
+                before = [training[i] for i in shuffled[cases:][-cases:]]  # none twice
                 undrawn = [case["label"].masked_fill(case["label"] == value, 0) for case in before]
                 pairs = zip(before, undrawn, strict=True)
                 chosen += [{**case, "label": label, "annotated": others} for case, label in pairs]

@@ -217,6 +217,7 @@ class Step:
         """Mean over the steps that one reading of the text lasts."""
         count = self.task.training.text_interval if self.ours else 1
         runs = [timed(self.run, self.image.device.type) for _ in range(count)]
+        self.optimizer.zero_grad(set_to_none=True)  # the networks share the memory
         return {kind: sum(r[kind] for r in runs) / count for kind in runs[0]}
 
 

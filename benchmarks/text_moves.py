@@ -72,8 +72,10 @@ def scans_command(
     field: Annotated[tuple[float, float] | None, typer.Option(help="mm around the centre; size small: 192 192")] = None,
     work: Annotated[Path, typer.Option(help="preprocessed volumes")] = WORK,
 ) -> None:
-    """Ask trained versions for the first frame of test patients."""
-    runs = []
+    """Ask trained versions for the first frame of test patients; results of other files in the JSON stay."""
+    path = RESULTS / "text-moves-scans.json"
+    known = json.loads(path.read_text())["runs"] if path.is_file() else []
+    runs = [r for r in known if r["checkpoint"] not in {file.stem for file in files}]
     for file in files:
         model, task = checkpoints.restore_model(checkpoints.load(file), file)
         held_out = split_cases(find_cases(data)).test
@@ -81,7 +83,8 @@ def scans_command(
         volumes = list(Preprocessed(task, firsts, work / "volumes", field))
         labels = torch.cat([v["label"].as_tensor().long().flatten() for v in volumes])
         found = moves(task, scans(model.eval(), [v["image"] for v in volumes]), labels)
-        runs.append({"head": task.model.head, "checkpoint": file.stem, **found})
+        varied = task.training.mirror > 0 or task.training.drop_concepts > 0
+        runs.append({"head": task.model.head, "varied": varied, "checkpoint": file.stem, **found})
         print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
         save("text-moves-scans", {"task": task.name, "patients": len(firsts), "runs": runs})
 
@@ -174,8 +177,8 @@ def dice(a: Tensor, i: int, b: Tensor, j: int) -> float:
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """A row a request and class: for each head the mean over seeds of "stays" and "follows", and their range."""
-    heads = [h for h in ("fixed", "text") if any(r["head"] == h for r in runs)]
+    """A row a request and class: for each kind of run the mean over seeds of "stays" and "follows", and their range."""
+    heads = sorted(set(map(column, runs)))
     lines = [
         "| request | class | " + " | ".join(f"{h}: stays | {h}: follows" for h in heads) + " |",
         "|---|---|" + "---|" * 2 * len(heads),
@@ -185,18 +188,23 @@ def table(runs: list[dict[str, Any]]) -> str:
         some = [r for r in runs if r.get("wording", "") == wording]
         means = [f"| Dice against the reference ({wording or 'test'}) | {name} |" for name in some[0]["dice"]]
         for line, name in zip(means, some[0]["dice"], strict=True):
-            cells = [spread([r["dice"][name] for r in some if r["head"] == h]) + " |" for h in heads]
+            cells = [spread([r["dice"][name] for r in some if column(r) == h]) + " |" for h in heads]
             lines.append(f"{line} " + " | ".join(cells) + " |")
         for n, request in enumerate(some[0]["requests"]):
             for name in request["classes"]:
                 cells = []
                 for h in heads:
-                    found = [r["requests"][n]["classes"][name] for r in some if r["head"] == h]
+                    found = [r["requests"][n]["classes"][name] for r in some if column(r) == h]
                     moved = found[0]["to"] != name
                     cells.append(spread([f["stays"] for f in found]))
                     cells.append(spread([f["follows"] for f in found]) if moved else "")
                 lines.append(f"| {request['request']} | {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def column(run: dict[str, Any]) -> str:
+    """The head, and whether the sentences varied in training."""
+    return run["head"] + (", varied sentences" if run.get("varied") else "")
 
 
 def spread(values: list[float]) -> str:

@@ -43,8 +43,9 @@ def segment(engine, image, **options):
 
 
 def test_a_subset_is_asked_for_and_nothing_else_computed(tmp_path, image):
-    engine = BiPVLInfer(task_of(), tmp_path / "m")
-    engine.versions.publish(checkpoint(task_of()))
+    task = task_of(training={"drop_classes": 0.3})
+    engine = BiPVLInfer(task, tmp_path / "m")
+    engine.versions.publish(checkpoint(task))
     segment(engine, image)
     model = engine._model(None, "cpu").model
     channels, passes = [], model.text.token_passes
@@ -58,6 +59,16 @@ def test_a_subset_is_asked_for_and_nothing_else_computed(tmp_path, image):
     assert model.text.token_passes == passes + 1, "the subset's text is read once"
     with torch.no_grad():
         assert model(torch.zeros(1, 1, *PATCH)).logits.shape[1] == 4, "the standard text is as it was"
+
+
+@pytest.mark.parametrize("head", ["text", "fixed"])
+def test_a_version_that_always_knew_all_classes_hides_the_others(tmp_path, image, head):
+    engine = BiPVLInfer(task_of(head=head), tmp_path / "m")
+    engine.versions.publish(checkpoint(task_of(head=head)))
+    whole, _ = segment(engine, image)
+    mask, _ = segment(engine, image, label_subset="aorta, liver")
+    assert np.array_equal(mask, np.where(np.isin(whole, [1, 3]), whole, 0))
+    assert {1, 3} & set(np.unique(mask)), "something to hide beside"
 
 
 def test_overlapping_regions_stay_together(tmp_path):
@@ -142,7 +153,7 @@ def test_heads_do_not_mix_and_channels_are_counted_with_the_fixed_one():
 
 
 def test_a_checkpoint_from_before_there_was_a_choice_has_the_fixed_head(tmp_path):
-    saved = checkpoint(task_of(head="fixed"))
+    saved = {**checkpoint(task_of(head="fixed")), "format": 1}
     del saved["task"]["model"]["head"]
     versions.save(saved, tmp_path / "old.pt")
     _, task = versions.restore_model(versions.load(tmp_path / "old.pt"))

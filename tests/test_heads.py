@@ -254,7 +254,7 @@ def test_a_checkpoint_from_before_the_decoders_class_maps(tmp_path):
 
 
 def test_the_papers_class_embedding_has_a_channel_a_class():
-    with pytest.raises(ValueError, match="head 'text' needs 'decoder'"):
+    with pytest.raises(ValueError, match="it needs head 'fixed'"):
         task_for(class_embedding="last")
 
 

@@ -286,7 +286,7 @@ def test_all_three_losses_fall_together(embedding):
     """Three cubes at changing places: no loss may starve another, and alignment must leave chance."""
     size = (64, 64, 64)
     rates = {"learning_rate": 1e-2, "language_learning_rate": 1e-3}
-    model = {"vision": "unet", "feature_size": 8, "class_embedding": embedding}
+    model = {"vision": "unet", "feature_size": 8, "head": "fixed", "class_embedding": embedding}
     task = tiny_task(patch=size, model=model, training=rates)
     network = TrainingNetwork(model_for(task), task).train()
     optimizer = torch.optim.AdamW(network.parameter_groups(), lr=1e-2)

@@ -118,14 +118,14 @@ class ModelSpec(_Model):
     fusion: Literal["bifusion", "late", "identity"] = "bifusion"  # late: at the last stage only
     fusion_attention: Literal["windowed", "full"] = "windowed"
     projection: Annotated[int, Field(ge=8)] = 256
-    head: Literal["fixed", "text"] = "fixed"  # a channel a class (paper), or logits from the class's sentences
+    head: Literal["fixed", "text"] = "text"  # logits from the class's sentences, or a channel a class (paper)
     class_embedding: Literal["decoder", "last"] = "decoder"  # class maps of the decoder, or of V_4 (paper)
     checkpointing: bool = False
 
     @model_validator(mode="after")
     def _reads(self) -> ModelSpec:
         if self.head == "text" and self.class_embedding == "last":
-            raise ValueError("class_embedding 'last' has a channel a class; head 'text' needs 'decoder'")
+            raise ValueError("class_embedding 'last' has a channel a class: it needs head 'fixed'")
         return self
 
     @model_validator(mode="after")

@@ -154,7 +154,9 @@ class BiPVLInfer(BasicInferTask):
                     f"concepts: this model reads the text format {task.model.text_format!r}, not attributes"
                 )
             task = task.with_concepts(options.concepts)
-        if task.model.head == "text":  # nothing is computed for classes that were not asked for
+        # Nothing is computed for classes that were not asked for, by versions that learned to do without their rivals;
+        # others draw a class too large where nothing competes with it (docs/text.md), so there the rest is hidden.
+        if task.model.head == "text" and task.training.drop_classes > 0:
             task = task.only(options.classes)
         run = _Run(options, loaded.version, loaded.model, task, [*loaded.warnings, *self._other_text(loaded)])
         return super().__call__({**chosen, "run": run}, callbacks)
