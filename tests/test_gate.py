@@ -113,7 +113,9 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gate")
     write_studies(folder / "studies", cases=4, labelled=4, seed=1)
     cases = phantom_cases(folder / "studies", 4)
-    trainer = small_trainer(folder / "models", **{"training.language_learning_rate": "1e-4"})
+    # With a channel a class, which can be damaged one by one.
+    changes = {"training.language_learning_rate": "1e-4", "model.head": "fixed"}
+    trainer = small_trainer(folder / "models", **changes)
     for epochs, rate in ((1, 1e-3), (45, 1e-2)):
         trainer({**ROUND, "max_epochs": epochs, "learning_rate": rate}, cases)
     return trainer, cases
