@@ -134,6 +134,12 @@ def machine() -> dict[str, Any]:
     }
 
 
+def saved_runs(name: str) -> list[dict[str, Any]]:
+    """The runs of a result written before; none where there is no such file."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
+
+
 def save(name: str, result: dict[str, Any]) -> None:
     """Write a result with the machine's facts beside it."""
     RESULTS.mkdir(exist_ok=True)

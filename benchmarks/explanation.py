@@ -28,7 +28,7 @@ from torch import Tensor  # noqa: E402
 
 from accuracy_data import Preprocessed, find_cases, split_cases  # noqa: E402
 from accuracy_settings import FIELDS  # noqa: E402
-from common import RESULTS, save  # noqa: E402
+from common import RESULTS, save, saved_runs  # noqa: E402
 from documents import insert  # noqa: E402
 from injected import errors, painted  # noqa: E402
 from lib import agreement, checkpoints  # noqa: E402
@@ -79,9 +79,7 @@ def run_command(
                 score_case(model, task, image, label, found, i if chosen(part, i, every) else None)
             run[part] = {name: summed(scored) for name, scored in found.items() if scored}
             print(file.stem, part, json.dumps(run[part]), file=sys.stderr, flush=True)
-        path = RESULTS / "explanation.json"
-        kept = json.loads(path.read_text())["runs"] if path.is_file() else []
-        kept = [r for r in kept if r["checkpoint"] != file.stem]
+        kept = [r for r in saved_runs("explanation") if r["checkpoint"] != file.stem]
         save("explanation", {"task": task.name, "runs": [*kept, run]})
 
 

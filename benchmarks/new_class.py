@@ -32,7 +32,7 @@ from torch import Tensor  # noqa: E402
 from accuracy_data import Patches, Preprocessed, Split, find_cases, split_cases  # noqa: E402
 from accuracy_settings import ABDOMEN, FIELDS, SMALL  # noqa: E402
 from accuracy_training import train  # noqa: E402
-from common import RESULTS, save  # noqa: E402
+from common import RESULTS, save, saved_runs  # noqa: E402
 from documents import insert  # noqa: E402
 from lib import checkpoints  # noqa: E402
 from lib.nets import BiPVLSeg, build_model  # noqa: E402
@@ -77,8 +77,7 @@ def run_command(
     if not data and task != "quickstart":
         raise typer.BadParameter(f"--task {task} needs --data FOLDER: generated phantoms have the labels of quickstart")
     settings, field, usual = TASKS[task]
-    path = RESULTS / f"{NAME}.json"
-    runs: list[dict[str, Any]] = json.loads(path.read_text())["runs"] if path.is_file() else []
+    runs = saved_runs(NAME)
     split = split_cases(find_cases(data), fold=fold) if data else phantoms(work / "phantoms")
     full = load_task(task, settings)
     training, test = (

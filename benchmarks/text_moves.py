@@ -27,7 +27,7 @@ from torch import Tensor  # noqa: E402
 
 import laterality  # noqa: E402
 from accuracy_data import Preprocessed, find_cases, split_cases  # noqa: E402
-from common import RESULTS, save  # noqa: E402
+from common import RESULTS, save, saved_runs  # noqa: E402
 from documents import insert  # noqa: E402
 from lib import checkpoints  # noqa: E402
 from lib.nets import BiPVLSeg  # noqa: E402
@@ -73,9 +73,7 @@ def scans_command(
     work: Annotated[Path, typer.Option(help="preprocessed volumes")] = WORK,
 ) -> None:
     """Ask trained versions for the first frame of test patients; results of other files in the JSON stay."""
-    path = RESULTS / "text-moves-scans.json"
-    known = json.loads(path.read_text())["runs"] if path.is_file() else []
-    runs = [r for r in known if r["checkpoint"] not in {file.stem for file in files}]
+    runs = [r for r in saved_runs("text-moves-scans") if r["checkpoint"] not in {file.stem for file in files}]
     for file in files:
         model, task = checkpoints.restore_model(checkpoints.load(file), file)
         held_out = split_cases(find_cases(data)).test

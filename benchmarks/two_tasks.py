@@ -26,7 +26,7 @@ from monai.utils import set_determinism  # noqa: E402
 
 from accuracy_data import Patches, Preprocessed, find_cases, split_cases  # noqa: E402
 from accuracy_settings import ABDOMEN, FIELDS, SMALL  # noqa: E402
-from common import RESULTS, save  # noqa: E402
+from common import RESULTS, save, saved_runs  # noqa: E402
 from documents import insert  # noqa: E402
 from lib import checkpoints  # noqa: E402
 from lib.nets import BiPVLSeg, TextAssets, build_model  # noqa: E402
@@ -53,8 +53,7 @@ def run_command(
     work: Annotated[Path, typer.Option(help="preprocessed volumes, checkpoints")] = WORK,
 ) -> None:
     """Train alone and together, and score."""
-    path = RESULTS / f"{NAME}.json"
-    runs: list[dict[str, Any]] = json.loads(path.read_text())["runs"] if path.is_file() else []
+    runs = saved_runs(NAME)
     tasks = [load_task(HEART, {**SMALL, "model.head": "text"}), load_task(ABDOMINAL, {**ABDOMEN, "model.head": "text"})]
     splits = [split_cases(find_cases(heart)), split_cases(find_cases(abdomen), fold=fold)]
     fields = [FIELDS["small"], None]
