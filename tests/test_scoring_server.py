@@ -14,7 +14,10 @@ import psutil
 import pytest
 from monailabel.client import MONAILabelClient
 
+from archive import Archive, needs_orthanc
+from dicoms import make_series
 from lib.datastores import LocalStore
+from lib.dicomlist import FRESH_SECONDS
 from lib.phantom import write_studies
 from lib.scoring import cache
 from server import Server
@@ -114,6 +117,65 @@ def test_scores_fill_themselves_and_decide(tmp_path: Path) -> None:
         for method, reason in (("best", "unknown scoring method 'best'; valid are entropy, alignment, dice"),):
             refused = server.call("POST", f"/scoring/{method}", json={})
             assert refused.status_code == 404 and reason in refused.json()["detail"]
+
+
+def archived(archive: Archive, folder: Path, number: int) -> str:
+    """A new series in the archive; its UID."""
+    uid = make_series(folder / str(number), (40, 36, 24), spacing=(5, 5, 6), seed=number, patient=f"P{number}")
+    archive.store(folder / str(number))
+    return uid
+
+
+@needs_orthanc
+@pytest.mark.slow
+def test_an_archive_is_scored_too(tmp_path: Path) -> None:
+    """With a password. While it is down nothing is noted about its cases; new series are scored, the others stay."""
+    account, models = ("archivist", "a long word"), tmp_path / "models"
+    environment = {
+        "MONAI_LABEL_DICOMWEB_USERNAME": account[0],
+        "MONAI_LABEL_DICOMWEB_PASSWORD": account[1],
+        "MONAI_LABEL_DICOMWEB_CACHE_PATH": str(tmp_path / "cache"),
+    }
+    conf = {"models": "quickstart"}
+    with Archive(tmp_path / "orthanc", account) as archive:
+        series = [archived(archive, tmp_path, number) for number in range(3)]
+        with Server(archive.url, models, conf, **environment) as server:  # scores when asked to
+            assert scored(server) == {}
+
+            archive.stop()
+            refused = server.call("POST", "/scoring/entropy", json={})
+            assert refused.status_code == 502 and "did not answer" in refused.json()["detail"]
+            archive.start()
+            time.sleep(FRESH_SECONDS)
+            assert scored(server) == {}
+            picked = server.client.next_sample("uncertainty", {})
+            assert picked["method"] == "random" and "scor" in picked["note"]
+            assert server.call("POST", "/scoring/entropy", json={}).status_code == 200
+            until(lambda: server.call("GET", "/scoring/").json()["status"] == "DONE", 240, server)
+            before = scored(server)
+            assert set(before) == set(series)
+            assert all("failed" not in entry and 0 < entry["entropy"] < 1 for entry in before.values())
+
+        series.append(archived(archive, tmp_path, 3))
+        with Server(archive.url, models, conf, **environment, **SCORING) as server:
+            after = until(lambda: len(found := scored(server)) == 4 and found, 240, server)
+            assert {uid: after[uid] for uid in before} == before
+            progress = until(lambda: server.call("GET", "/scoring/").json()["progress"], 30, server)
+            assert (progress["done"], progress["total"]) == (1, 1), "the others were scored before the restart"
+            by_entropy = max(series, key=lambda uid: after[uid]["entropy"])
+            picked = server.client.next_sample("uncertainty", {})
+            assert (picked["id"], picked["method"], picked["note"]) == (by_entropy, "uncertainty", "")
+            assert picked["StudyInstanceUID"] and cache.KEY not in picked
+            for strategy in RANKED[1:]:
+                picked = server.client.next_sample(strategy, {})
+                assert picked["id"] in series and picked["method"] == strategy
+
+            # The map of a series: beside it on the server, and no label of the archive.
+            instances = archive.instances()
+            _, result = server.client.infer("quickstart", by_entropy, {"uncertainty_map": True})
+            heat = nib.load(server.client.download_label(by_entropy, result["uncertainty_map"]["tag"]))
+            assert heat.shape == (40, 36, 24) and 0 < np.asarray(heat.dataobj).max() <= 100
+            assert archive.instances() == instances and server.client.info()["datastore"]["completed"] == 0
 
 
 def cache_of(studies: Path) -> dict[str, Any]:
