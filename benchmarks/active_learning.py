@@ -71,13 +71,13 @@ class Simulation:
     strategy: str
     seed: int
     task: str = "acdc-mr"
-    head: str = "fixed"
+    head: str = "text"
     size: str = "small"
     start: int = 4
     add: int = 4
     rounds: int = 5
     first_steps: int = 150
-    steps: int = 20
+    steps: int = 50
     overrides: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
@@ -250,13 +250,13 @@ def run_command(
     task: Annotated[str, typer.Option(help="name of a shipped task")] = "acdc-mr",
     strategies: Annotated[str, typer.Option(help="comma-separated")] = f"random,{','.join(RANKINGS)}",
     seeds: int = 3,
-    head: str = "fixed",
+    head: str = "text",
     size: str = "small",
     start: Annotated[int, typer.Option(help="labelled patients of the first round")] = 4,
     add: Annotated[int, typer.Option(help="patients chosen a round")] = 4,
     rounds: Annotated[int, typer.Option(help="rounds after the first")] = 5,
     first_steps: Annotated[int, typer.Option(help="training steps of the first round")] = 150,
-    steps: Annotated[int, typer.Option(help="training steps of every later round")] = 20,
+    steps: Annotated[int, typer.Option(help="training steps of every later round")] = 50,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value of the task")] = None,
     results: Annotated[Path, typer.Option(help="one JSON a run")] = RESULTS,
     work: Annotated[Path, typer.Option(help="preprocessed volumes, first rounds, claims")] = WORK,
@@ -303,7 +303,7 @@ def done(path: Path, spec: Simulation) -> bool:
 def tables_command(
     task: str = "acdc-mr",
     size: str = "small",
-    head: str = "fixed",
+    head: str = "text",
     results: Annotated[Path, typer.Option(help="one JSON a run")] = RESULTS,
     document: Annotated[Path | None, typer.Option(help="where the tables go")] = DOCUMENT,
     image: Annotated[Path, typer.Option(help="the plot")] = PLOT,

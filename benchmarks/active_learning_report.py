@@ -100,11 +100,11 @@ def foretell_table(results: list[Result]) -> str:
     for kind, sign, name in kinds:
         cells = []
         for n in counts:
-            found = [
-                float(spearmanr([sign * p[kind] for p in pool], [p["dice"] for p in pool]).statistic)
-                for pool in _pools(results, n)
-            ]
-            found = [f for f in found if not np.isnan(f)]
+            found = []
+            for pool in _pools(results, n):
+                scores, truth = [sign * p[kind] for p in pool], [p["dice"] for p in pool]
+                if np.ptp(scores) > 0 and np.ptp(truth) > 0:  # a constant ranks nothing
+                    found.append(float(spearmanr(scores, truth).statistic))
             cells.append(_spread(found, digits=2, signed=True))
         lines.append([name, *cells])
     return _table(["score", *(f"after {n} patients" for n in counts)], lines)

@@ -24,7 +24,7 @@ HOSTILE = """<img src=x onerror="document.title='owned'"><script>document.title=
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("concepts")
     write_studies(folder / "studies", cases=2, labelled=1, seed=1)
-    conf = {**SMALL, "models": "quickstart", "model.head": "text"}
+    conf = {**SMALL, "models": "quickstart"}
     with Server(folder / "studies", folder / "models", conf, **ACCOUNT_OF_SERVER) as server:
         yield server
 

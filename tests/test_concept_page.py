@@ -17,7 +17,6 @@ from server import Server
 from test_training import SMALL
 
 TASK = load_task("quickstart")
-TEXT = {"model.head": "text"}  # with it other sentences give another mask, even from random numbers
 SHAPE = {"liver": {"shape": "A narrow crescent, thin on both sides."}}
 
 
@@ -39,7 +38,7 @@ def users(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(studies, users):
-    with Server(studies, studies.parent / "models", {**SMALL, **TEXT, "users": str(users)}) as server:
+    with Server(studies, studies.parent / "models", {**SMALL, "users": str(users)}) as server:
         yield server
 
 

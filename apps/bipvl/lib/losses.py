@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from monai.losses import DiceLoss
+from monai.networks import one_hot
 from torch import Tensor, nn
 
 from lib.alignment import full_precision, unit, upcast
@@ -60,6 +61,12 @@ def _only_annotated(logits: Tensor, label: Tensor, classes: Tensor) -> tuple[Ten
     return logits, label * known, remain
 
 
+def _soft_dice(logits: Tensor, shares: Tensor, overlapping: bool) -> Tensor:
+    """(B, channels): 1 - Dice with squared denominators, against shares of each voxel or cell."""
+    dice = DiceLoss(sigmoid=overlapping, softmax=not overlapping, squared_pred=True, reduction="none")
+    return dice(logits, shares).flatten(1)
+
+
 @full_precision
 def dice_loss(logits: Tensor, label: Tensor, overlapping: bool = False, classes: Tensor | None = None) -> Tensor:
     r"""Soft Dice with squared denominators, Eq. 12.
@@ -80,13 +87,11 @@ def dice_loss(logits: Tensor, label: Tensor, overlapping: bool = False, classes:
     """
     _check_label(logits, label, overlapping)
     mask = _all_or(classes, logits)
-    if overlapping:
-        dice = DiceLoss(sigmoid=True, squared_pred=True, reduction="none")
-        return _mean_over(dice(logits, label.to(logits.dtype)).flatten(1), mask)
-    if classes is not None:
-        logits, label, mask = _only_annotated(logits, label, classes)
-    dice = DiceLoss(softmax=True, to_onehot_y=True, squared_pred=True, reduction="none")
-    return _mean_over(dice(logits, label).flatten(1), mask)
+    if not overlapping:
+        if classes is not None:
+            logits, label, mask = _only_annotated(logits, label, classes)
+        label = one_hot(label, logits.shape[1], logits.dtype)
+    return _mean_over(_soft_dice(logits, label.to(logits.dtype), overlapping), mask)
 
 
 @full_precision
@@ -204,17 +209,14 @@ def class_map_loss(
     size = class_map.shape[2:]
     if overlapping:
         share = F.adaptive_avg_pool3d(label.to(class_map.dtype), size)  # type: ignore[arg-type]
-        dice = DiceLoss(sigmoid=True, squared_pred=True, reduction="none")(class_map, share)
         entropy = F.binary_cross_entropy_with_logits(class_map, share, reduction="none").flatten(2).mean(2)
-        return _mean_over(dice.flatten(1) + entropy, mask)
+        return _mean_over(_soft_dice(class_map, share, overlapping) + entropy, mask)
     if classes is not None:
         class_map, label, mask = _only_annotated(class_map, label, classes)
-    share = F.one_hot(label[:, 0].long(), class_map.shape[1]).movedim(-1, 1).to(class_map.dtype)
-    share = F.adaptive_avg_pool3d(share, size)  # type: ignore[arg-type]
-    dice = DiceLoss(softmax=True, squared_pred=True, reduction="none")(class_map, share)
+    share = F.adaptive_avg_pool3d(one_hot(label, class_map.shape[1], class_map.dtype), size)  # type: ignore[arg-type]
     # A channel that was merged into the background has log 0 here, and a share of 0.
     log_p = class_map.log_softmax(1).masked_fill(share == 0, 0)
-    return _mean_over(dice.flatten(1), mask) - (share * log_p).sum(1).mean()
+    return _mean_over(_soft_dice(class_map, share, overlapping), mask) - (share * log_p).sum(1).mean()
 
 
 def class_maps_loss(
