@@ -18,14 +18,13 @@ import numpy as np  # noqa: E402
 from scipy.stats import spearmanr  # noqa: E402
 
 SECTION = "active-learning tables"
-ORDER = ("random", "first", "uncertainty", "alignment", "diverse", "representative", "combined")
+ORDER = ("random", "first", "uncertainty", "alignment", "diverse", "combined")
 COLOURS = {
     "random": "#555555",
     "first": "#999999",
     "uncertainty": "#1f6fb4",
     "alignment": "#d1495b",
     "diverse": "#2a9d5c",
-    "representative": "#e09f1f",
     "combined": "#8e5bb5",
 }
 Result = dict[str, Any]

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from lib.activelearning import strategies
-from lib.activelearning.ranking import RANKINGS, choose, combined, coverage, disagreement, distance, uncertainty
+from lib.activelearning.ranking import RANKINGS, choose, combined, disagreement, distance, uncertainty
 from lib.leases import Offer
 from lib.scoring import cache
 from lib.scoring.cache import CaseScores
 
 MODEL, VERSION = "heart", 3
-NAMES = ("random", "first", "uncertainty", "alignment", "diverse", "representative", "combined")
+NAMES = ("random", "first", "uncertainty", "alignment", "diverse", "combined")
 
 
 class Store:
@@ -164,22 +164,6 @@ def test_diverse_covers_groups_that_top_scores_would_miss():
     by_distance = {name[:2] for name, _ in choose(distance, groups, [groups["g0n0"]], 7)}
     assert by_distance == {f"g{g}" for g in range(1, 8)}
     assert len({name[:2] for name, _ in choose(uncertainty, groups, [], 8)}) == 2
-
-
-def test_representative_is_what_brings_the_others_nearest():
-    cases = {"lone": case(angle=180), "left": case(angle=80), "middle": case(angle=90), "right": case(angle=100)}
-    picked = choose(coverage, cases, [case(angle=0)], 2)
-    chord = {d: 2 * np.sin(np.deg2rad(d) / 2) for d in (10, 80, 90, 100, 180)}
-    # Before, each is as far as its angle. With "middle" known "left" and "right" have 10° left, and "lone" 90°.
-    gain = chord[80] + chord[90] + chord[100] + chord[180] - 2 * chord[10] - chord[90]
-    assert picked[0] == ("middle", pytest.approx(gain / 4, abs=1e-6))
-    assert picked[1] == ("lone", pytest.approx(chord[90] / 3, abs=1e-6))  # its own 90°, of the three left
-    assert choose(distance, cases, [case(angle=0)])[0][0] == "lone", "diverse takes the outlier first"
-
-
-def test_representative_begins_with_the_medoid():
-    cases = {"lone": case(angle=180), "left": case(angle=-10), "middle": case(angle=0), "right": case(angle=10)}
-    assert choose(coverage, cases, [])[0][0] == "middle"
 
 
 def test_combined_is_the_mean_rank():

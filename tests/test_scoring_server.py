@@ -22,7 +22,7 @@ from lib.phantom import write_studies
 from lib.scoring import cache
 from server import Server
 
-RANKED = ("uncertainty", "alignment", "diverse", "representative", "combined")
+RANKED = ("uncertainty", "alignment", "diverse", "combined")
 SCORING = {"MONAI_LABEL_AUTO_UPDATE_SCORING": "true"}
 
 

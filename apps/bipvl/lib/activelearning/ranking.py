@@ -36,17 +36,6 @@ def distance(cases: Sequence[CaseScores], known: Sequence[CaseScores]) -> np.nda
     return _distances(vectors, np.stack([case.vector for case in known])).min(1)
 
 
-def coverage(cases: Sequence[CaseScores], known: Sequence[CaseScores]) -> np.ndarray:
-    """By how much the mean distance of V_4 to the nearest known case falls, over all cases to choose from, once this
-    one is known: greedy k-medoids (facility location; Nemhauser, Wolsey and Fisher 1978). Where nothing is known yet
-    that distance counts as 2, the largest there is."""
-    vectors = np.stack([case.vector for case in cases])
-    nearest = np.full(len(cases), 2.0)
-    if known:
-        nearest = _distances(vectors, np.stack([case.vector for case in known])).min(1)
-    return (nearest - np.minimum(nearest, _distances(vectors, vectors))).mean(1)
-
-
 def combined(cases: Sequence[CaseScores], known: Sequence[CaseScores]) -> np.ndarray:
     """Mean of the ranks by uncertainty, disagreement and distance, each 0 (last) to 1 (first); equals share a rank.
 
@@ -62,7 +51,6 @@ RANKINGS: dict[str, Ranking] = {
     "uncertainty": uncertainty,
     "alignment": disagreement,
     "diverse": distance,
-    "representative": coverage,
     "combined": combined,
 }
 

@@ -23,7 +23,6 @@ DESCRIPTIONS = {
     "uncertainty": "The case whose mask the model is least sure of (predictive entropy over the foreground)",
     "alignment": "The case where text and image agree least (low class-wise alignment)",
     "diverse": "The case that looks least like those already labelled (farthest in V_4)",
-    "representative": "The case that most others look like, of those unlike the labelled ones (greedy k-medoids of V_4)",
     "combined": "First in the mean rank of uncertainty, alignment and diverse",
 }
 
