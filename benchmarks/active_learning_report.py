@@ -152,7 +152,7 @@ def plot(results: list[Result], path: Path) -> None:
         )
     axes.set(xlabel="labelled patients", ylabel="Dice on the test patients, %")
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="upper left", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
