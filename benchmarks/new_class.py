@@ -9,7 +9,7 @@ A network of each head is trained on a task without one class, whose voxels are 
 files of people who have not asked for it yet. Then the class joins the task. With the text head the network goes on as
 it is and reads the class's sentences; with the fixed head its output channel begins anew, and all other weights stay.
 Both are scored at once (0 cases) and after a short training on 1, 3 and 5 cases in which all classes are drawn; with
-`--mix` half of the steps see cases of before, in which the class is not drawn and does not count, as in a round.
+`--mix` half of the steps see all cases of before, in which the class is not drawn and does not count, as in a round.
 """
 
 from __future__ import annotations
@@ -124,23 +124,29 @@ def one(
     found: dict[str, Any] = {"before": score(base, old, task, test), "after": {}}
     kept = checkpoints.checkpoint_of(base, old, {})
     shuffled = torch.randperm(len(training), generator=torch.Generator().manual_seed(seed)).tolist()
-    everything = torch.ones(len(task.classes), dtype=torch.bool)
-    others = torch.tensor([name != new for name in task.classes])
     for cases in (0, *(n for n in SHOTS if n <= len(training))):
         set_determinism(seed)
         model = joined(kept, task)
         if cases:
-            chosen = [{**training[i], "annotated": everything} for i in shuffled[:cases]]
-            if mix:
-                value = 1 + task.classes.index(new)
-                before = [training[i] for i in shuffled[cases:][-cases:]]  # none twice
-                undrawn = [case["label"].masked_fill(case["label"] == value, 0) for case in before]
-                pairs = zip(before, undrawn, strict=True)
-                chosen += [{**case, "label": label, "annotated": others} for case, label in pairs]
+            drawn, before = ([training[i] for i in part] for part in (shuffled[:cases], shuffled[cases:]))
+            chosen = joint(drawn, before if mix else [], task, new)
             model = fit(model, task, chosen, more * (1 + mix), seed)
         found["after"][str(cases)] = score(model, task, task, test)
         print(task.model.head, new, seed, cases, json.dumps(found["after"][str(cases)]), file=sys.stderr, flush=True)
     return found
+
+
+def joint(drawn: Sequence[Case], before: Sequence[Case], task: Task, new: str) -> list[Case]:
+    """The cases of a round: in `drawn` every class counts; in those of `before` the new one is background and does not.
+    The drawn ones are repeated, so that half of the steps see them."""
+    others = torch.tensor([name != new for name in task.classes])
+    value = 1 + task.classes.index(new)
+    undrawn = [{**case, "label": case["label"].masked_fill(case["label"] == value, 0)} for case in before]
+    repeated = list(drawn) * max(1, len(before) // len(drawn))
+    return [
+        *({**case, "annotated": torch.ones_like(others)} for case in repeated),
+        *({**case, "annotated": others} for case in undrawn),
+    ]
 
 
 def fit(model: BiPVLSeg, task: Task, volumes: Sequence[Case], steps: int, seed: int) -> BiPVLSeg:
@@ -204,7 +210,7 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
             after = [r["after"][cases] for r in some]
             others = statistics.mean(v for a in after for name, v in a.items() if name != new)
             own = ", ".join(f"{a[new]:.2f}" for a in after)
-            mixed = " and as many of before" if mix and cases != "0" else ""
+            mixed = " and all of before" if mix and cases != "0" else ""
             lines.append(f"| {task} | {new} | {head} | {cases}{mixed} | {own} | {before:.2f} | {others:.2f} |")
     return "\n".join(lines) + "\n"
 

@@ -96,6 +96,18 @@ def test_a_class_joins_and_the_others_stay(head):
     assert before.shape[1] == 3
 
 
+def test_half_of_a_round_are_cases_in_which_the_new_class_was_not_drawn():
+    task = tiny_task()
+    cases = [{"id": i, "label": torch.tensor([0, 1, 2, 3])} for i in range(8)]
+    found = new_class.joint(cases[:2], cases[2:], task, "spleen")
+    drawn, before = found[:6], found[6:]
+    assert [c["id"] for c in drawn] == [0, 1] * 3
+    assert [c["id"] for c in before] == [2, 3, 4, 5, 6, 7]
+    assert all(c["label"].tolist() == [0, 1, 2, 3] and c["annotated"].tolist() == [True] * 3 for c in drawn)
+    assert all(c["label"].tolist() == [0, 1, 0, 3] and c["annotated"].tolist() == [True, False, True] for c in before)
+    assert [c["id"] for c in new_class.joint(cases[:2], [], task, "spleen")] == [0, 1]
+
+
 def test_labels_without_a_class():
     task = tiny_task()
     old = task.only(task.classes[1:])
