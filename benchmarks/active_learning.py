@@ -247,16 +247,16 @@ def facts() -> dict[str, Any]:
 @app.command("run")
 def run_command(
     data: Annotated[Path, typer.Option(help="folder of the data set")],
-    task: Annotated[str, typer.Option(help="name of a shipped task")] = "acdc-mr",
+    task: Annotated[str, typer.Option(help="name of a shipped task")] = Simulation.task,
     strategies: Annotated[str, typer.Option(help="comma-separated")] = f"random,{','.join(RANKINGS)}",
     seeds: int = 3,
-    head: str = "text",
-    size: str = "small",
-    start: Annotated[int, typer.Option(help="labelled patients of the first round")] = 4,
-    add: Annotated[int, typer.Option(help="patients chosen a round")] = 4,
-    rounds: Annotated[int, typer.Option(help="rounds after the first")] = 5,
-    first_steps: Annotated[int, typer.Option(help="training steps of the first round")] = 150,
-    steps: Annotated[int, typer.Option(help="training steps of every later round")] = 50,
+    head: str = Simulation.head,
+    size: str = Simulation.size,
+    start: Annotated[int, typer.Option(help="labelled patients of the first round")] = Simulation.start,
+    add: Annotated[int, typer.Option(help="patients chosen a round")] = Simulation.add,
+    rounds: Annotated[int, typer.Option(help="rounds after the first")] = Simulation.rounds,
+    first_steps: Annotated[int, typer.Option(help="training steps of the first round")] = Simulation.first_steps,
+    steps: Annotated[int, typer.Option(help="training steps of every later round")] = Simulation.steps,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value of the task")] = None,
     results: Annotated[Path, typer.Option(help="one JSON a run")] = RESULTS,
     work: Annotated[Path, typer.Option(help="preprocessed volumes, first rounds, claims")] = WORK,
@@ -301,9 +301,9 @@ def done(path: Path, spec: Simulation) -> bool:
 
 @app.command("tables")
 def tables_command(
-    task: str = "acdc-mr",
-    size: str = "small",
-    head: str = "text",
+    task: str = Simulation.task,
+    size: str = Simulation.size,
+    head: str = Simulation.head,
     results: Annotated[Path, typer.Option(help="one JSON a run")] = RESULTS,
     document: Annotated[Path | None, typer.Option(help="where the tables go")] = DOCUMENT,
     image: Annotated[Path, typer.Option(help="the plot")] = PLOT,

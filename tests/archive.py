@@ -60,6 +60,15 @@ class Archive:
         self.rest = f"http://127.0.0.1:{free_port()}"
         self.url = f"{self.rest}/dicom-web"
 
+    def environment(self, cache: Path) -> dict[str, str]:
+        """Variables of a server on this archive: its account, and the folder for what it downloads."""
+        assert self.account
+        return {
+            "MONAI_LABEL_DICOMWEB_USERNAME": self.account[0],
+            "MONAI_LABEL_DICOMWEB_PASSWORD": self.account[1],
+            "MONAI_LABEL_DICOMWEB_CACHE_PATH": str(cache),
+        }
+
     def __enter__(self) -> Archive:
         self.folder.mkdir(parents=True)
         self.start()

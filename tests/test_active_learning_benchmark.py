@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,7 @@ def test_strategies_choose_from_the_pool_and_share_the_first_round(tmp_path: Pat
         rounds = result["rounds"]
         assert [len(r["labelled"]) for r in rounds] == [2, 4, 6]
         assert len(set(rounds[-1]["labelled"])) == 6
-        for before, after in zip(rounds, rounds[1:], strict=False):
+        for before, after in pairwise(rounds):
             assert after["labelled"] == before["labelled"] + list(before["chosen"])
         assert all(len(r["cases"]) == 4 and 0 <= r["dice"] <= 1 for r in rounds)  # 2 test patients
     scored = found["diverse"]["rounds"][0]["pool"]

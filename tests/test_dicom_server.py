@@ -92,16 +92,11 @@ class Running:
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """Two labelled series and two others, in an archive with an account."""
     folder = tmp_path_factory.mktemp("archive-server")
-    environment = {
-        "MONAI_LABEL_DICOMWEB_USERNAME": ACCOUNT[0],
-        "MONAI_LABEL_DICOMWEB_PASSWORD": ACCOUNT[1],
-        "MONAI_LABEL_DICOMWEB_CACHE_PATH": str(folder / "cache"),
-    }
     with Archive(folder / "orthanc", ACCOUNT) as archive:
         labelled = [stored(archive, folder, number, labelled=True) for number in range(2)]
         free = [stored(archive, folder, number, labelled=False)[0] for number in range(2, 4)]
         conf = {**SMALL, "models": "quickstart"}
-        with Server(archive.url, folder / "models", conf, **environment) as server:
+        with Server(archive.url, folder / "models", conf, **archive.environment(folder / "cache")) as server:
             yield Running(archive, server, folder / "cache", labelled, free)
 
 

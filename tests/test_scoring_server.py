@@ -15,12 +15,12 @@ import pytest
 from monailabel.client import MONAILabelClient
 
 from archive import Archive, needs_orthanc
-from dicoms import make_series
 from lib.datastores import LocalStore
 from lib.dicomlist import FRESH_SECONDS
 from lib.phantom import write_studies
 from lib.scoring import cache
 from server import Server
+from test_dicom_server import ACCOUNT, SHAPE, stored
 
 RANKED = ("uncertainty", "alignment", "diverse", "combined")
 SCORING = {"MONAI_LABEL_AUTO_UPDATE_SCORING": "true"}
@@ -119,26 +119,14 @@ def test_scores_fill_themselves_and_decide(tmp_path: Path) -> None:
             assert refused.status_code == 404 and reason in refused.json()["detail"]
 
 
-def archived(archive: Archive, folder: Path, number: int) -> str:
-    """A new series in the archive; its UID."""
-    uid = make_series(folder / str(number), (40, 36, 24), spacing=(5, 5, 6), seed=number, patient=f"P{number}")
-    archive.store(folder / str(number))
-    return uid
-
-
 @needs_orthanc
 @pytest.mark.slow
 def test_an_archive_is_scored_too(tmp_path: Path) -> None:
     """With a password. While it is down nothing is noted about its cases; new series are scored, the others stay."""
-    account, models = ("archivist", "a long word"), tmp_path / "models"
-    environment = {
-        "MONAI_LABEL_DICOMWEB_USERNAME": account[0],
-        "MONAI_LABEL_DICOMWEB_PASSWORD": account[1],
-        "MONAI_LABEL_DICOMWEB_CACHE_PATH": str(tmp_path / "cache"),
-    }
-    conf = {"models": "quickstart"}
-    with Archive(tmp_path / "orthanc", account) as archive:
-        series = [archived(archive, tmp_path, number) for number in range(3)]
+    models, conf = tmp_path / "models", {"models": "quickstart"}
+    with Archive(tmp_path / "orthanc", ACCOUNT) as archive:
+        environment = archive.environment(tmp_path / "cache")
+        series = [stored(archive, tmp_path, number, labelled=False)[0] for number in range(3)]
         with Server(archive.url, models, conf, **environment) as server:  # scores when asked to
             assert scored(server) == {}
 
@@ -156,7 +144,7 @@ def test_an_archive_is_scored_too(tmp_path: Path) -> None:
             assert set(before) == set(series)
             assert all("failed" not in entry and 0 < entry["entropy"] < 1 for entry in before.values())
 
-        series.append(archived(archive, tmp_path, 3))
+        series.append(stored(archive, tmp_path, 3, labelled=False)[0])
         with Server(archive.url, models, conf, **environment, **SCORING) as server:
             after = until(lambda: len(found := scored(server)) == 4 and found, 240, server)
             assert {uid: after[uid] for uid in before} == before
@@ -174,7 +162,7 @@ def test_an_archive_is_scored_too(tmp_path: Path) -> None:
             instances = archive.instances()
             _, result = server.client.infer("quickstart", by_entropy, {"uncertainty_map": True})
             heat = nib.load(server.client.download_label(by_entropy, result["uncertainty_map"]["tag"]))
-            assert heat.shape == (40, 36, 24) and 0 < np.asarray(heat.dataobj).max() <= 100
+            assert heat.shape == SHAPE and 0 < np.asarray(heat.dataobj).max() <= 100
             assert archive.instances() == instances and server.client.info()["datastore"]["completed"] == 0
 
 
