@@ -197,6 +197,16 @@ class Recorder(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}/dicom-web"
 
 
+def once_a_connection(handler: BaseHTTPRequestHandler) -> None:
+    """An `answer` of a Recorder that closes a connection instead when it is used again, as Orthanc does when its time
+    is up just then."""
+    if hasattr(handler, "answered"):
+        handler.close_connection = True
+    else:
+        handler.answered = True  # type: ignore[attr-defined]
+        reply(handler, b"[]")
+
+
 def reply(handler: BaseHTTPRequestHandler, body: bytes, status: int = 200, **headers: str) -> None:
     handler.send_response(status)
     headers = {"Content_Type": "application/dicom+json", "Content_Length": str(len(body)), **headers}

@@ -12,6 +12,8 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "apps" / "bipvl"))
 
+pytest.register_assert_rewrite("browser")  # what failed is said there as in tests
+
 FAULTS = pytest.StashKey[list[tuple[str, str]]]()  # what test_faults.py tried, and what was seen
 
 

@@ -158,6 +158,16 @@ def test_diverse_begins_with_the_most_typical_case():
     assert choose(distance, cases, [])[0][0] == "middle"
 
 
+def test_diverse_tells_look_alikes_apart_as_the_store_keeps_them():
+    """As float16, where 2 - 2 cos of vectors this close is rounding."""
+    towards, known = np.zeros(768), np.full(768, 768**-0.5)
+    towards[::2], towards[1::2] = known[::2], -known[1::2]  # at a right angle to the known case
+    vectors = {f"{d}": known * np.cos(d) + towards * np.sin(d) for d in (0.001, 0.002, 0.003)}
+    kept = {name: CaseScores(0.5, 0.5, v.astype("<f2").astype(float)) for name, v in vectors.items()}
+    picked = choose(distance, kept, [CaseScores(0.5, 0.5, known.astype("<f2").astype(float))])
+    assert picked == [("0.003", pytest.approx(0.003, rel=0.2))]
+
+
 def test_diverse_covers_groups_that_top_scores_would_miss():
     """Eight groups of five equal cases: eight picks by distance are one of each, eight by entropy are not."""
     groups = {f"g{g}n{n}": case(entropy=g / 8 + n / 100, angle=45 * g) for g in range(8) for n in range(5)}

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from monailabel.datastore.dicom import DICOMwebClientX
 
-from archive import free_port
+from archive import Recorder, free_port, once_a_connection
 from drawn import history, ten_drawings, value_of
 from helpers import tiny_task
 from lib.datastores import StoreError
 from lib.dicomstore import DicomStore
-from lib.dicomweb import ArchiveError
+from lib.dicomweb import Archive, ArchiveError
 
 
 @pytest.fixture
@@ -36,6 +37,16 @@ def test_a_label_is_kept_before_the_archive_is_asked(dicom: DicomStore, labels: 
             dicom.save_label("1.2.840.5", str(labels[i]), "final", {"user": "ann"})
     assert [value_of(p) for p in history(dicom.folder, "1.2.840.5")] == [1, 2]
     assert all(p.name.endswith("-ann.nii.gz") for p in history(dicom.folder, "1.2.840.5"))
+
+
+def test_a_connection_that_the_archive_may_be_closing_is_not_used_again() -> None:
+    recorder = Recorder()
+    recorder.answer = once_a_connection
+    threading.Thread(target=recorder.serve_forever, daemon=True).start()
+    archive = Archive(DICOMwebClientX(url=recorder.url), timeout=10)
+    assert [archive.segmentations() for _ in range(3)] == [[], [], []]
+    assert len(recorder.requests) == 3
+    recorder.shutdown()
 
 
 @pytest.mark.parametrize("uid", ["..", "../1.2", "1..2", "1.2/..", "a", "", "1." * 40, "1.2\n", None])

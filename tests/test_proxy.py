@@ -16,7 +16,7 @@ import requests
 from fastapi import HTTPException
 from monailabel.config import Settings
 
-from archive import DICOM_PARTS, WAIT, Recorder, free_port, reply, serving
+from archive import DICOM_PARTS, WAIT, Recorder, free_port, once_a_connection, reply, serving
 from lib.web import proxy
 
 UID = "1.2.840.10008.1"
@@ -300,6 +300,23 @@ def test_archive_that_is_down() -> None:
     assert answer.status_code == 502
     assert "cannot be reached" in answer.json()["detail"]
     assert "secret" not in answer.text
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST"])
+def test_archive_closes_a_connection_just_as_it_is_used_again(recorder: Recorder, method: str) -> None:
+    recorder.answer = once_a_connection
+    headers = {"Content-Type": DICOM_PARTS}
+    with serving(recorder.url) as url:
+        answers = [requests.request(method, f"{url}/studies", headers=headers, timeout=WAIT) for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [200, 200, 200]
+    assert len(recorder.requests) == (3 if method == "POST" else 4)
+
+
+def test_archive_that_never_answers_is_asked_twice(recorder: Recorder) -> None:
+    recorder.answer = lambda handler: setattr(handler, "close_connection", True)
+    with serving(recorder.url) as url:
+        answer = requests.get(f"{url}/qido/studies", timeout=WAIT)
+    assert (answer.status_code, len(recorder.requests)) == (502, 2)
 
 
 def test_archive_that_is_slow(recorder: Recorder) -> None:

@@ -47,8 +47,9 @@ class SeriesEntry:
     info: Mapping[str, str]
 
 
-class _Impatient(HTTPAdapter):
-    """requests waits for ever by default."""
+class _Unpooled(HTTPAdapter):
+    """A time limit, as requests waits for ever by default, and a connection of its own for each request: one that is
+    kept may be closed by the archive just as it is used again (Orthanc: after a second)."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
@@ -56,7 +57,7 @@ class _Impatient(HTTPAdapter):
 
     def send(self, request: Any, *args: Any, **more: Any) -> requests.Response:
         more["timeout"] = (CONNECT_SECONDS, self._seconds)
-        return super().send(request, **more)
+        return HTTPAdapter().send(request, *args, **more)
 
 
 class Archive:
@@ -75,8 +76,9 @@ class Archive:
         self.name = address._replace(netloc=address.netloc.rpartition("@")[2]).geturl()
         self.seconds = 0.0
         client.set_http_retry_params(retry=False)  # it would wait for minutes; the annotator asks again
+        client._session.headers["Connection"] = "close"
         for scheme in ("http://", "https://"):
-            client._session.mount(scheme, _Impatient(timeout))
+            client._session.mount(scheme, _Unpooled(timeout))
         self._send = client._session.send
         client._session.send = self._timed  # type: ignore[method-assign]
 

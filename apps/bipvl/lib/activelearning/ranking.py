@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+from scipy.spatial.distance import cdist
 from scipy.stats import rankdata
 
 from lib.scoring.cache import CaseScores
@@ -32,8 +33,8 @@ def distance(cases: Sequence[CaseScores], known: Sequence[CaseScores]) -> np.nda
     case is the first centre."""
     vectors = np.stack([case.vector for case in cases])
     if not known:
-        return 2 - _distances(vectors, vectors).mean(1)
-    return _distances(vectors, np.stack([case.vector for case in known])).min(1)
+        return 2 - cdist(vectors, vectors).mean(1)
+    return cdist(vectors, np.stack([case.vector for case in known])).min(1)
 
 
 def combined(cases: Sequence[CaseScores], known: Sequence[CaseScores]) -> np.ndarray:
@@ -71,8 +72,3 @@ def choose(
         chosen.append((name, float(values[best])))
         known.append(left.pop(name))
     return chosen
-
-
-def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(n, width) and (m, width), of length 1, to (n, m)."""
-    return np.sqrt(np.clip(2 - 2 * a.astype(np.float64) @ b.T.astype(np.float64), 0, None))

@@ -140,8 +140,9 @@ def handle_errors(api: FastAPI) -> None:
 
     @api.exception_handler(ValueError)
     async def unusable(_: Request, error: ValueError) -> JSONResponse:
-        logger.info("Refused: %s", error, exc_info=True)
-        return _answer(getattr(error, "status", 400), str(error))
+        status = getattr(error, "status", None)  # who raises with one has meant an answer; others may be mistakes
+        logger.info("Refused: %s", error, exc_info=status is None)
+        return _answer(status or 400, str(error))
 
     @api.exception_handler(MONAILabelException)
     async def stock(_: Request, error: MONAILabelException) -> JSONResponse:

@@ -111,12 +111,15 @@ class Archive:
         password = settings.MONAI_LABEL_DICOMWEB_PASSWORD or given.password
         # The authorities that the datastore's client (requests) trusts, so that both reach a hospital's own archive.
         trusted = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
-        self.client = httpx.AsyncClient(
-            auth=(user, password) if user and password and not self._google else None,
-            timeout=settings.MONAI_LABEL_DICOMWEB_PROXY_TIMEOUT,
-            verify=ssl.create_default_context(cafile=trusted) if trusted else True,
-        )
-        self.client.headers.clear()  # the browser's count, not httpx's
+        common: dict[str, Any] = {
+            "auth": (user, password) if user and password and not self._google else None,
+            "timeout": settings.MONAI_LABEL_DICOMWEB_PROXY_TIMEOUT,
+            "verify": ssl.create_default_context(cafile=trusted) if trusted else True,
+        }
+        self._client = httpx.AsyncClient(**common)
+        self._unpooled = httpx.AsyncClient(**common, limits=httpx.Limits(max_keepalive_connections=0))
+        for client in (self._client, self._unpooled):
+            client.headers.clear()  # the browser's count, not httpx's
         start = re.escape(self.url.netloc.decode() + self._base)
         wado = re.escape(self._prefixes["wado"])
         self._link = re.compile(rf'"https?://{start}/(?:{wado}/)?studies/'.encode())
@@ -137,6 +140,27 @@ class Archive:
             return self.url.copy_with(raw_path=f"/{target.lstrip('/')}".encode() + (b"?" + query if query else b""))
         except (httpx.InvalidURL, UnicodeError) as error:
             raise ValueError(f"the query is too long or has characters that need an escape: {error}") from error
+
+    async def send(
+        self, method: str, url: httpx.URL, headers: list[tuple[bytes, bytes]], body: AsyncIterator[bytes] | None
+    ) -> httpx.Response:
+        """Its answer, of which the body is still to be read.
+
+        An archive may close a connection that it kept open (Orthanc after a second without a request) just as it is
+        used again. What only reads is then asked again, and what stores never goes over such a connection.
+
+        Raises:
+            httpx.RequestError: no answer.
+        """
+        headers = headers + httpx.Headers(await self.authorization()).raw
+        if body is None:
+            try:
+                return await self._client.send(self._client.build_request(method, url, headers=headers), stream=True)
+            except (httpx.NetworkError, httpx.RemoteProtocolError) as error:
+                if isinstance(error, httpx.ConnectError):
+                    raise
+        outgoing = self._unpooled.build_request(method, url, headers=headers, content=body)
+        return await self._unpooled.send(outgoing, stream=True)
 
     async def authorization(self) -> dict[str, str]:
         """A header with Google's token where the archive is Google's; httpx adds a name and password by itself."""
@@ -214,9 +238,7 @@ async def _forward(archive: Archive, request: Request, url: httpx.URL) -> Respon
         body = request.stream()
         headers += [(key, value) for key, value in request.headers.raw if key == b"content-length"]
     try:
-        headers += httpx.Headers(await archive.authorization()).raw
-        outgoing = archive.client.build_request(request.method, url, headers=headers, content=body)
-        answer = await archive.client.send(outgoing, stream=True)
+        answer = await archive.send(request.method, url, headers, body)
     except httpx.TimeoutException as error:
         logger.warning("the DICOM archive is slow: %s: %s", type(error).__name__, _place(url))
         raise HTTPException(
