@@ -1,14 +1,16 @@
-"""Fixtures of an archive, a series in it and a store on it, for the tests that name this file as a plugin."""
+"""Fixtures of an archive, a series in it, a store on it, and an archive that keeps a record, for the tests that name
+this file as a plugin."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from archive import Archive
+from archive import WAIT, Archive, Recorder
 from dicoms import make_series
 from lib.dicomstore import DicomStore
 from stores import SHAPE, TASK, store_on
@@ -47,3 +49,14 @@ def mask() -> np.ndarray:
     made = np.zeros(SHAPE, np.uint8)
     made[1:4, 2:5, 1:3], made[5, 5, :], made[8, 6, 4] = 3, 1, 3
     return made
+
+
+@pytest.fixture
+def recorder() -> Iterator[Recorder]:
+    server = Recorder()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join(WAIT)
+    server.server_close()

@@ -189,17 +189,14 @@ def test_images_are_of_the_tasks_modalities(archive: Archive, tmp_path: Path, mo
         archive.remove_series(uid)
 
 
-def test_a_slow_archive_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_archive_is_given_up(recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lib.dicomstore.settings.MONAI_LABEL_DICOMWEB_PROXY_TIMEOUT", 0.5)
-    recorder = Recorder()
     done = threading.Event()
     recorder.answer = lambda handler: (done.wait(20), reply(handler, b"[]"))[0] and None
-    threading.Thread(target=recorder.serve_forever, daemon=True).start()
     store = store_on(recorder, tmp_path / "cache", TASK)  # type: ignore[arg-type]
     with pytest.raises(ArchiveError, match="ReadTimeout"):
         store.list_images()
     done.set()
-    recorder.shutdown()
     recorder.server_close()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,8 @@ from helpers import tiny_task
 from lib.datastores import StoreError
 from lib.dicomstore import DicomStore
 from lib.dicomweb import Archive, ArchiveError
+
+pytest_plugins = ("archive_fixtures",)
 
 
 @pytest.fixture
@@ -39,14 +40,11 @@ def test_a_label_is_kept_before_the_archive_is_asked(dicom: DicomStore, labels: 
     assert all(p.name.endswith("-ann.nii.gz") for p in history(dicom.folder, "1.2.840.5"))
 
 
-def test_a_connection_that_the_archive_may_be_closing_is_not_used_again() -> None:
-    recorder = Recorder()
+def test_a_connection_that_the_archive_may_be_closing_is_not_used_again(recorder: Recorder) -> None:
     recorder.answer = once_a_connection
-    threading.Thread(target=recorder.serve_forever, daemon=True).start()
     archive = Archive(DICOMwebClientX(url=recorder.url), timeout=10)
     assert [archive.segmentations() for _ in range(3)] == [[], [], []]
     assert len(recorder.requests) == 3
-    recorder.shutdown()
 
 
 @pytest.mark.parametrize("uid", ["..", "../1.2", "1..2", "1.2/..", "a", "", "1." * 40, "1.2\n", None])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from monailabel.config import Settings
 
 from archive import DICOM_PARTS, WAIT, Recorder, free_port, once_a_connection, reply, serving
 from lib.web import proxy
+
+pytest_plugins = ("archive_fixtures",)
 
 UID = "1.2.840.10008.1"
 LONGEST = "1." * 31 + "12"  # 64 characters
@@ -147,17 +148,6 @@ def test_nothing_else_can_be_posted(path: str, content_type: str, status: int) -
 
 
 # --- the proxy beside an archive that keeps a record ------------------------------------------------------------------
-
-
-@pytest.fixture()
-def recorder() -> Iterator[Recorder]:
-    server = Recorder()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join(WAIT)
-    server.server_close()
 
 
 def test_query_arrives_whole(recorder: Recorder) -> None:

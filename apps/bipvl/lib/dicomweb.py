@@ -57,6 +57,7 @@ class _Unpooled(HTTPAdapter):
 
     def send(self, request: Any, *args: Any, **more: Any) -> requests.Response:
         more["timeout"] = (CONNECT_SECONDS, self._seconds)
+        request.headers["Connection"] = "close"  # the archive need not wait for another one
         return HTTPAdapter().send(request, *args, **more)
 
 
@@ -76,7 +77,6 @@ class Archive:
         self.name = address._replace(netloc=address.netloc.rpartition("@")[2]).geturl()
         self.seconds = 0.0
         client.set_http_retry_params(retry=False)  # it would wait for minutes; the annotator asks again
-        client._session.headers["Connection"] = "close"
         for scheme in ("http://", "https://"):
             client._session.mount(scheme, _Unpooled(timeout))
         self._send = client._session.send

@@ -12,6 +12,7 @@ import os
 import re
 import ssl
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from email.message import Message
 from typing import Any
 from urllib.parse import parse_qs
@@ -154,11 +155,8 @@ class Archive:
         """
         headers = headers + httpx.Headers(await self.authorization()).raw
         if body is None:
-            try:
+            with suppress(httpx.ReadError, httpx.WriteError, httpx.CloseError, httpx.RemoteProtocolError):
                 return await self._client.send(self._client.build_request(method, url, headers=headers), stream=True)
-            except (httpx.NetworkError, httpx.RemoteProtocolError) as error:
-                if isinstance(error, httpx.ConnectError):
-                    raise
         outgoing = self._unpooled.build_request(method, url, headers=headers, content=body)
         return await self._unpooled.send(outgoing, stream=True)
 
