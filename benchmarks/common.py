@@ -16,19 +16,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks import ROOT
+
 RESULTS = ROOT / "benchmarks" / "results"
-sys.path.insert(0, str(ROOT / "apps" / "bipvl"))
 # Threads that wait must not count as work: CPU time is reported beside wall time, because it hardly depends on what
 # else the machine does. Read when torch is imported; measuring processes inherit it.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
-import torch  # noqa: E402  lib is on the path only now
+import torch  # noqa: E402
 from monai.networks.nets import SwinUNETR  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers import BertConfig  # noqa: E402
 
-from lib.nets import BiPVLSeg, TextAssets, build_model  # noqa: E402
+from lib.model.nets import BiPVLSeg, TextAssets, build_model  # noqa: E402
 from lib.tasks import Task, load_task  # noqa: E402
 
 
@@ -129,7 +129,7 @@ def machine() -> dict[str, Any]:
         "load_average": [round(n, 1) for n in os.getloadavg()],
         "packages": {name: version(name) for name in ("torch", "monai", "monailabel", "transformers")},
         "commit": commit,
-        "command": " ".join(["python", str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]]),
+        "command": " ".join(["python", *_program(), *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
@@ -146,6 +146,12 @@ def save(name: str, result: dict[str, Any]) -> None:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({"machine": machine(), **result}, indent=1) + "\n", encoding="utf-8")
     print(f"written: {path.relative_to(ROOT)}", file=sys.stderr)
+
+
+def _program() -> list[str]:
+    """`-m benchmarks.…` for a module, the path for a script."""
+    path = Path(sys.argv[0]).resolve().relative_to(ROOT).with_suffix("")
+    return ["-m", ".".join(p for p in path.parts if p != "__main__")]
 
 
 def _read(path: str) -> str:

@@ -1,4 +1,4 @@
-"""Train the model that the quickstart starts with, and score it: python benchmarks/quickstart_model.py
+"""Train the model that the quickstart starts with, and score it: python -m benchmarks.quickstart_model
 
 Everything is generated: it trains on phantoms whose seeds are neither those of the quickstart's examples nor those it
 is scored on, and writes the checkpoint to `apps/bipvl/shipped/quickstart.pt`. With `--real FOLDER` it also scores two
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,16 +18,15 @@ import numpy as np
 import torch
 import typer
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "apps" / "bipvl"))
-
-from lib import checkpoints, metrics  # noqa: E402
-from lib.cases import Case, read_datalist  # noqa: E402
-from lib.infers import BiPVLInfer  # noqa: E402
-from lib.phantom import write_studies  # noqa: E402
-from lib.tasks import load_task  # noqa: E402
-from lib.trainers import BiPVLTrain  # noqa: E402
-from lib.versions import Versions  # noqa: E402
+from benchmarks import ROOT
+from lib.infers import BiPVLInfer
+from lib.model import checkpoints
+from lib.model.versions import Versions
+from lib.stores.cases import Case, read_datalist
+from lib.tasks import load_task
+from lib.trainers import BiPVLTrain
+from lib.volumes import metrics
+from lib.volumes.phantoms.studies import write_studies
 
 TASK = load_task("quickstart")
 TRAINING, HELD_OUT = 1000, 2000  # seeds; the quickstart's examples have 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import os
@@ -60,3 +61,8 @@ def numbered(folder: Path, letter: str, suffix: str) -> list[int]:
         return []
     found = (re.fullmatch(rf"{letter}(\d{{4,}})\.{suffix}", name) for name in names)
     return sorted(int(match[1]) for match in found if match)
+
+
+def now() -> str:
+    """The time for manifests: UTC, ISO 8601, to the second."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

@@ -2,7 +2,7 @@
 
 The contract of each: never a labelled image, None where none is left, the same seed the same pick, whatever the order
 in which the datastore lists its images, and the reported score is that of the returned image. Cases that others work on
-are left out by the store that a strategy gets (`lib.leases.Offer`).
+are left out by the store that a strategy gets (`lib.activelearning.leases.Offer`).
 """
 
 from __future__ import annotations

@@ -16,16 +16,17 @@ from monailabel.interfaces.tasks.infer_v2 import InferType
 from monailabel.tasks.infer.basic_infer import BasicInferTask
 from monailabel.utils.others.generic import device_list, name_to_device, strtobool
 
-from lib import checkpoints, maskfiles
-from lib.agreement import own_fit
-from lib.checkpoints import CheckpointError, DamagedCheckpoint
-from lib.concept_revisions import newest_text
+from lib.infers.explain.agreement import own_fit
 from lib.infers.options import Options
-from lib.nets import BiPVLSeg, build_model
-from lib.segment import Prediction, predict
+from lib.model import checkpoints
+from lib.model.checkpoints import CheckpointError, DamagedCheckpoint
+from lib.model.nets import BiPVLSeg, build_model
+from lib.model.predict import Prediction, predict
+from lib.model.versions import Versions
 from lib.tasks import ATTRIBUTES, Task, TaskError, task_from_dict
-from lib.transforms import largest_components, load, restore, restore_map
-from lib.versions import Versions
+from lib.tasks.revisions import newest_text
+from lib.volumes import masks
+from lib.volumes.transforms import largest_components, load, restore, restore_map
 
 logger = logging.getLogger(__name__)
 
@@ -251,13 +252,13 @@ class BiPVLInfer(BasicInferTask):
         if "uncertainty" in data:
             percent = np.rint(100 * data.pop("uncertainty")).astype(np.uint8)
             with tempfile.NamedTemporaryFile(suffix=".nii.gz", delete=False) as file:
-                maskfiles.write_mask(Path(file.name), percent, data["pred_meta_dict"]["affine"], source, {})
+                masks.write_mask(Path(file.name), percent, data["pred_meta_dict"]["affine"], source, {})
             data["result"]["uncertainty_map"] = file.name
         suffix = extension or data.get("result_extension") or (".nii" if source.endswith(".nii") else ".nii.gz")
-        if suffix not in maskfiles.SUFFIXES or not strtobool(str(data.get("result_write_to_file", True))):
+        if suffix not in masks.SUFFIXES or not strtobool(str(data.get("result_write_to_file", True))):
             return super().writer({**data, "result_dtype": mask.dtype}, extension, mask.dtype)
         with tempfile.NamedTemporaryFile(suffix=suffix, delete=False) as file:
-            maskfiles.write_mask(Path(file.name), mask, data["pred_meta_dict"]["affine"], source, self.task.labels)
+            masks.write_mask(Path(file.name), mask, data["pred_meta_dict"]["affine"], source, self.task.labels)
         return file.name, data["result"]
 
     # Models -------------------------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ from typing import Any
 
 from monailabel.utils.others.generic import strtobool
 
+from lib.model.versions import Versions
 from lib.tasks import Task
-from lib.versions import Versions
 
 
 @dataclass

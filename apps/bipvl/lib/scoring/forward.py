@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lib.nets import BiPVLSeg
-from lib.nets.text import Sentences
+from lib.model.nets import BiPVLSeg
+from lib.model.nets.text import Sentences
+from lib.model.predict import Prediction, predict
 from lib.scoring.cache import CaseScores
-from lib.segment import Prediction, predict
 from lib.tasks import Task
 
 
@@ -45,8 +45,8 @@ def score_case(
 ) -> tuple[CaseScores, Prediction]:
     """Scores of a preprocessed case (channels, h, w, d), and the prediction they come from.
 
-    Nobody else may use the model meanwhile. `sentences` and `window_batch` are those of `lib.segment.predict`. Entropy,
-    alignment and vector of a case without any content are 0.
+    Nobody else may use the model meanwhile. `sentences` and `window_batch` are those of `lib.model.predict.predict`.
+    Entropy, alignment and vector of a case without any content are 0.
     """
     with _pooled(model) as pooled:
         prediction = predict(model, image, task, window_batch=window_batch, sentences=sentences)

@@ -19,19 +19,18 @@ from filelock import FileLock, Timeout
 from monailabel.interfaces.tasks.scoring import ScoringMethod
 from monailabel.utils.others.generic import device_list, name_to_device
 
-from lib.checkpoints import CheckpointError
-from lib.dicomweb import ArchiveError
-from lib.files import write_json
+from lib.files import now, write_json
 from lib.infers import BiPVLInfer
 from lib.infers.bipvl import GPU_WINDOWS
-from lib.metrics import dice_of_classes
+from lib.model.checkpoints import CheckpointError
 from lib.scoring import cache
 from lib.scoring.forward import score_case
 from lib.scoring.turns import Turns
+from lib.stores.dicom.archive import ArchiveError
 from lib.tasks import Task
-from lib.transforms import apply, load
-from lib.versions import now
-from lib.volumes import align_label, read_volume
+from lib.volumes.metrics import dice_of_classes
+from lib.volumes.reading import align_label, read_volume
+from lib.volumes.transforms import apply, load
 
 logger = logging.getLogger(__name__)
 

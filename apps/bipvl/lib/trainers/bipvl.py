@@ -20,23 +20,23 @@ from monailabel.interfaces.datastore import Datastore
 from monailabel.tasks.train.basic_train import BasicTrainTask, Context
 from torch import Tensor
 
-from lib import checkpoints
-from lib.cases import audit, image_id
-from lib.concept_revisions import newest_text
 from lib.files import write_json
-from lib.nets import TextAssets, build_model
-from lib.report import Examined
-from lib.split import split_cases
+from lib.model import checkpoints
+from lib.model.nets import TextAssets, build_model
+from lib.model.reports.page import Examined
+from lib.model.versions import Versions
+from lib.stores.cases import audit, image_id
 from lib.tasks import Task
+from lib.tasks.revisions import newest_text
 from lib.trainers import rounds
 from lib.trainers.evaluation import masks, score_cases
 from lib.trainers.judging import checkpoint_of, publish
 from lib.trainers.objective import TrainingNetwork, unwrapped
 from lib.trainers.recipe import build_schedule, descend
 from lib.trainers.rounds import Fold, Round
+from lib.trainers.split import split_cases
 from lib.trainers.tracking import Tracker
-from lib.transforms import augment, load
-from lib.versions import Versions
+from lib.volumes.transforms import augment, load
 
 logger = logging.getLogger(__name__)
 

@@ -10,16 +10,16 @@ import torch
 from monai.networks.utils import one_hot
 from torch import Tensor
 
-from lib.nets import BiPVLSeg
-from lib.report import Examined
-from lib.segment import Prediction, predict
+from lib.model.nets import BiPVLSeg
+from lib.model.predict import Prediction, predict
+from lib.model.reports.page import Examined
 from lib.tasks import Task
-from lib.transforms import apply, load
+from lib.volumes.transforms import apply, load
 
 
 @dataclass
 class CaseScores:
-    """Case id to class to Dice (`lib.gate.Scores`), and which classes the label of each case shows."""
+    """Case id to class to Dice (`lib.trainers.gate.Scores`), and which classes the label of each case shows."""
 
     dice: dict[str, dict[str, float]] = field(default_factory=dict)
     shown: dict[str, list[str]] = field(default_factory=dict)

@@ -14,18 +14,19 @@ from typing import Any
 import torch
 from monailabel.tasks.train.basic_train import BasicTrainTask, Context
 
-from lib import checkpoints
-from lib.checkpoints import CheckpointError, restore_model
-from lib.gate import Decision, decide
-from lib.nets import BiPVLSeg
-from lib.report import Examined, round_report, write_report
+from lib.files import now
+from lib.model import checkpoints
+from lib.model.checkpoints import CheckpointError, restore_model
+from lib.model.nets import BiPVLSeg
+from lib.model.reports.page import Examined, round_report, write_report
+from lib.model.versions import Versions
 from lib.tasks import Task
 from lib.trainers import rounds
 from lib.trainers.evaluation import CaseScores, score_cases
+from lib.trainers.gate import Decision, decide
 from lib.trainers.objective import unwrapped
 from lib.trainers.rounds import Round
 from lib.trainers.tracking import Tracker
-from lib.versions import Versions, now
 
 logger = logging.getLogger(__name__)
 

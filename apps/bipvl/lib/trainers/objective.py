@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lib.losses import (
+from lib.model.losses import (
     UncertaintyWeights,
     class_embedding_loss,
     class_maps_loss,
@@ -16,11 +16,11 @@ from lib.losses import (
     local_alignment_loss,
     segmentation_loss,
 )
-from lib.nets.bipvl import BiPVLSeg
-from lib.nets.heads import ClassPyramid
-from lib.nets.text import Sentences
+from lib.model.nets.bipvl import BiPVLSeg
+from lib.model.nets.heads import ClassPyramid
+from lib.model.nets.text import Sentences
 from lib.tasks import Task
-from lib.wording import MIRROR, exchanged_rows
+from lib.tasks.wording import MIRROR, exchanged_rows
 
 LEFT_RIGHT = (2,)  # the axis of a RAS patch (B, channels, H, W, D)
 LOSSES = ("segmentation", "class_embedding", "alignment")

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from lib.losses import UncertaintyWeights
+from lib.model.losses import UncertaintyWeights
 from lib.tasks import Training
 
 # Eq. (15) drives sigma to the root of its loss: a loss that nearly vanishes for a while would get a weight of

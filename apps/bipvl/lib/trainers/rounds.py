@@ -20,12 +20,11 @@ from monai.transforms import Compose
 from monailabel.tasks.train.basic_train import Context
 from monailabel.utils.others.generic import strtobool
 
-from lib.checkpoints import DamagedCheckpoint, load_tensors, save
-from lib.files import clear_unfinished, write_json
-from lib.report import Examined
+from lib.files import clear_unfinished, now, write_json
+from lib.model.checkpoints import DamagedCheckpoint, load_tensors, save
+from lib.model.reports.page import Examined
 from lib.tasks import Task
 from lib.trainers.objective import unwrapped
-from lib.versions import now
 
 # A round is resumed only with the same values: another would make the rest of it another round.
 MATCHING = (

@@ -1,0 +1,237 @@
+"""The app: which tasks, stores and web side stand behind MONAI Label's endpoints, and what its hooks do."""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fastapi import HTTPException
+from monailabel.config import settings
+from monailabel.interfaces import app as stock
+from monailabel.interfaces.app import MONAILabelApp
+from monailabel.interfaces.datastore import Datastore
+from monailabel.interfaces.tasks.scoring import ScoringMethod
+from monailabel.interfaces.tasks.strategy import Strategy
+
+from lib.activelearning import strategies
+from lib.activelearning.leases import DEFAULT_MINUTES, Leases, Offer
+from lib.app.web.access.options import CONF_KEYS
+from lib.app.web.install import install
+from lib.app.web.sessions import Sessions
+from lib.infers import BiPVLInfer
+from lib.model.allocator import keep_freed_memory
+from lib.model.shipped import start_from_shipped
+from lib.scoring import CaseScoring, scoring_methods
+from lib.scoring.background import METHOD, Background
+from lib.scoring.methods import SERVER
+from lib.scoring.turns import Turns
+from lib.stores.dicom.series import SeriesError
+from lib.stores.dicom.store import DicomStore
+from lib.stores.local import FINAL, UNCERTAINTY, LocalStore
+from lib.tasks import Task, TaskError, load_task
+from lib.trainers import BiPVLTrain
+
+logger = logging.getLogger(__name__)
+
+keep_freed_memory()  # of the server, of its training process and of the command line
+
+VERSION = "0.1.0"
+DEFAULT_TASK = "quickstart"
+TASK_KEYS = ("patch", "spacing", "overlap")
+APP_KEYS = ("models", "config", "model_dir", "lease_minutes", "score_cases", "server_mode")
+SCORED_CASES = 200
+NICENESS = 10  # of a process that scores
+
+
+class BiPVLApp(MONAILabelApp):
+    """Wires tasks to MONAI Label.
+
+    `--conf models <task>[,<task>…]` selects shipped tasks, `--conf config <file>` serves a user's own, and a dotted
+    `--conf model.feature_size 12` changes one value of every selected task. Without either, `quickstart` is served.
+    `--conf lease_minutes 60` is how long a case that one annotator was offered is not offered to others; 0: not at all.
+    `--conf score_cases 200` is how many unlabelled cases are scored in the background; 0: none.
+
+    Raises:
+        lib.tasks.TaskError: at start-up, for an unknown task or a file that cannot be used.
+    """
+
+    _auto_update_scoring: bool  # of MONAI Label, which says no type
+
+    def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
+        _check_keys(conf)
+        self.tasks = _select(conf)
+        self.model_dir = Path(conf.get("model_dir") or Path(app_dir) / "model")
+        self.leases = Leases(self.model_dir / "leases.json", conf.get("lease_minutes", DEFAULT_MINUTES))
+        self.score_cases = _score_cases(conf)
+        self.turns = Turns(self.model_dir / "requests.lock")
+        self.background: Background | None = None  # of a server only
+        logger.info("Tasks: %s", ", ".join(f"{t.name} ({len(t.classes)} classes)" for t in self.tasks.values()))
+        super().__init__(
+            app_dir=app_dir,
+            studies=studies,
+            conf=conf,
+            name=f"BiPVL Label - {', '.join(self.tasks)}",
+            description="Text-guided 3D segmentation with BiPVL-Seg: correct the mask, press train, get a better one",
+            version=VERSION,
+        )
+
+    def init_datastore(self) -> Datastore:
+        if self.studies.startswith(("http://", "https://")):
+            # MONAI Label's app connects to the archive and builds the store of this name.
+            store = partial(DicomStore, tasks=tuple(self.tasks.values()), software=VERSION)
+            stock.DICOMWebDatastore = store  # type: ignore[misc]
+            return super().init_datastore()
+        return LocalStore(self.studies, settings.MONAI_LABEL_DATASTORE_READ_ONLY, tuple(self.tasks.values()))
+
+    def on_init_complete(self) -> None:
+        """Called by MONAI Label's server only, before it accepts connections."""
+        for name, task in self.tasks.items():
+            start_from_shipped(task, self._infers[name].versions)
+        install(self)
+        os.environ[SERVER] = str(os.getpid())
+        method = self._scoring_methods.get(METHOD)
+        wanted = self.score_cases and self._auto_update_scoring and not getattr(self.datastore(), "read_only", False)
+        if wanted and isinstance(method, CaseScoring):
+            self.background = Background(method, self.datastore())
+            self.background.start()
+        self._auto_update_scoring = False  # of MONAI Label: it would start every method at every request
+        super().on_init_complete()
+
+    def _load_sessions(self, load: bool = False) -> Sessions | None:
+        folder = settings.MONAI_LABEL_SESSION_PATH.strip() or Path.home() / ".cache" / "monailabel" / "sessions"
+        return Sessions(Path(folder), settings.MONAI_LABEL_SESSION_EXPIRY) if load else None
+
+    def init_infers(self) -> dict[str, BiPVLInfer]:
+        return {name: BiPVLInfer(task, self.model_dir / name) for name, task in self.tasks.items()}
+
+    def init_trainers(self) -> dict[str, BiPVLTrain]:
+        return {name: BiPVLTrain(task, self.model_dir / name) for name, task in self.tasks.items()}
+
+    def init_strategies(self) -> dict[str, Strategy]:
+        return strategies(list(self.tasks), lambda model: self._infers[model].served())
+
+    def init_scoring_methods(self) -> dict[str, ScoringMethod]:
+        return scoring_methods(self._infers, self.tasks, self.model_dir, self.score_cases)
+
+    def scoring(self, request: dict[str, Any], datastore: Any = None) -> dict[str, Any]:
+        """Run a scoring method. MONAI Label gives it a process of its own, which takes what others leave of the CPU."""
+        os.nice(NICENESS)
+        return super().scoring(request, datastore)
+
+    def next_sample(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The case to annotate next, leased to the one who asks (`who` or `client_id`); empty where none is free."""
+        strategy = request.get("strategy") or "random"
+        if strategy not in self._strategies:
+            raise HTTPException(404, f"unknown strategy {strategy!r}; valid are {', '.join(self._strategies)}")
+        person = str(request.get("who") or request.get("client_id") or "")
+        while True:
+            with self.leases.lock:
+                offer = Offer(self.datastore(), self.leases.taken(person))
+                found = self._strategies[strategy]({**request, "strategy": strategy}, offer)
+                if not found or not found.get("id"):
+                    return {}
+                self.leases.lease(found["id"], person)
+            try:
+                path = self.datastore().get_image_uri(found["id"])
+                break
+            except SeriesError:  # a series of the archive that is no volume, which its store offers only once
+                self.leases.release(found["id"])
+        if self.background:
+            self.background.wake()
+        return {**found, "path": path}
+
+    def check_annotated(self, names: Any) -> None:
+        """Whether some task of this server has all classes that a label declares.
+
+        Raises:
+            lib.tasks.TaskError: a name that no task has, with the valid ones.
+        """
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise TaskError(f"annotated: expected a list of class names, got {names!r}")
+        problems = []
+        for task in self.tasks.values():
+            try:
+                task.annotated(names)
+                return
+            except TaskError as error:
+                problems.append(f"{task.name}: {error}")
+        raise TaskError("; ".join(problems))
+
+    def on_save_label(self, image_id: str, label_id: str) -> None:
+        """A final label ends the lease of its case."""
+        if self.datastore().get_label_by_image_id(image_id, FINAL):
+            self.leases.release(image_id)
+
+    def infer(self, request: dict[str, Any], datastore: Any = None) -> dict[str, Any]:
+        """Segment an image of the datastore, never another file. What a user got wrong is an answer that says so."""
+        store, image = datastore or self.datastore(), request.get("image")
+        if not isinstance(image, str) or image not in store.list_images():
+            raise HTTPException(404, f"unknown image {image!r}; the datastore has {len(store.list_images())} images")
+        result = self.infer_file(request, Path(store.get_image_uri(image)))
+        if isinstance(store, DicomStore):
+            store.propose(image, request["model"], result["params"]["model_version"], Path(result["file"]))
+        if request.get("save_label"):
+            info = {"model": request["model"], "params": result["params"]}
+            store.save_label(image, result["file"], request.get("label_tag") or "original", info)
+        if file := result["params"].get("uncertainty_map"):
+            result["params"]["uncertainty_map"] = self._keep_map(store, image, request["model"], result["params"], file)
+        return result
+
+    def _keep_map(self, store: Any, image: str, model: str, params: dict[str, Any], file: str) -> dict[str, str] | None:
+        """Where clients find the uncertainty map of an image; None, and a warning, where it cannot be kept."""
+        unit = "percent of the largest entropy"
+        info = {"model": model, "model_version": params["model_version"], "unit": unit}
+        try:
+            store.keep_map(image, Path(file), info)
+            return {"label": image, "tag": UNCERTAINTY, "unit": unit}
+        except (ValueError, OSError) as error:  # the mask is worth more
+            params["warnings"].append(f"the uncertainty map could not be kept: {error}")
+            return None
+        finally:
+            Path(file).unlink(missing_ok=True)
+
+    def infer_file(self, request: dict[str, Any], path: Path) -> dict[str, Any]:
+        """Segment a file or a DICOM folder that is not in the datastore. The caller removes the result's `file` and
+        what its `uncertainty_map` names."""
+        model = request.get("model")
+        if model not in self._infers:
+            raise HTTPException(404, f"unknown model {model!r}; valid are {', '.join(self._infers)}")
+        try:
+            with self.turns.request():
+                file, params = self._infers[model]({**request, "image": str(path)})
+        except ValueError as error:
+            logger.exception("Inference refused")
+            raise HTTPException(400, str(error)) from error
+        return {"label": file, "file": file, "tag": "original", "params": params}
+
+
+def _check_keys(conf: dict[str, str]) -> None:
+    valid = (*APP_KEYS, *TASK_KEYS, *CONF_KEYS)
+    for key in conf:
+        if "." not in key and key not in valid:
+            raise TaskError(
+                f"--conf {key}: unknown key; valid are {', '.join(valid)}, and dotted ones of the task file"
+            )
+
+
+def _score_cases(conf: dict[str, str]) -> int:
+    given = conf.get("score_cases", SCORED_CASES)
+    try:
+        number = int(given)
+    except ValueError:
+        number = -1
+    if number < 0:
+        raise TaskError(f"--conf score_cases {given}: expected a number of cases, 0 for none")
+    return number
+
+
+def _select(conf: dict[str, str]) -> dict[str, Task]:
+    overrides = {key: value for key, value in conf.items() if "." in key or key in TASK_KEYS}
+    names: list[str] = [n.strip() for n in conf.get("models", "").split(",") if n.strip()]
+    if conf.get("config"):
+        names.append(conf["config"])
+    tasks = [load_task(name, overrides) for name in names or [DEFAULT_TASK]]
+    return {task.name: task for task in tasks}

@@ -1,0 +1,5 @@
+"""The command line: the same work without a server."""
+
+from lib.app.cli.commands import cli
+
+__all__ = ["cli"]

@@ -1,0 +1,226 @@
+"""POST /infer/{model}: as MONAI Label's clients, 3D Slicer and OHIF ask for it, in a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import logging
+import mimetypes
+from contextlib import ExitStack
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, File, Form, HTTPException, Response, UploadFile
+from requests_toolbelt import MultipartEncoder
+from starlette.concurrency import run_in_threadpool
+
+from lib.app.web import uploads
+from lib.app.web.access.accounts import User
+from lib.app.web.common import ERRORS, Services, choice, current_user, json_object, known_image
+from lib.app.web.routes import choices
+from lib.app.web.routes.data import known_session
+from lib.stores.dicom.store import DicomStore
+
+logger = logging.getLogger(__name__)
+
+RESULT_OPTIONS = ("result_extension", "result_compress")
+SAVE_OPTIONS = ("save_label", "label_tag")
+SWITCHES = ("save_label", "result_compress")
+RESERVED = ("model", "image")  # part of the address; clients may repeat them
+FORBIDDEN = ("image_path", "label", "session", "path", "skip_writer", "result_write_to_file")
+ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The mask and what is known about it",
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "properties": {
+                        "params": {"type": "string", "description": "JSON: label names, scores, version, latencies"},
+                        "image": {"type": "string", "format": "binary", "description": "The mask"},
+                    },
+                }
+            },
+            "application/json": {},
+            "application/octet-stream": {},
+            "application/dicom": {},
+        },
+    }
+}
+
+
+class InferOutput(str, Enum):
+    """What POST /infer answers with."""
+
+    image = "image"
+    json = "json"
+    all = "all"
+    dicom_seg = "dicom_seg"
+
+
+def infer_routes(services: Services) -> APIRouter:
+    """The inference route."""
+    routes = APIRouter(prefix="/infer", tags=["Infer"], responses={**ERRORS, **ANSWERS})
+
+    @routes.post("/{model}", summary="Segment an image", response_class=Response)
+    async def infer(
+        user: Annotated[User, Depends(current_user)],
+        model: str,
+        image: str = "",
+        session_id: str = "",
+        params: Annotated[str, Form()] = "{}",
+        file: Annotated[UploadFile | None, File()] = None,
+        label: Annotated[UploadFile | None, File(description="Scribbles; this app's models do not use them")] = None,
+        output: InferOutput = InferOutput.all,
+    ) -> Response:
+        def prepare() -> _Request:
+            return _prepare(services, user, model, image, session_id, params, file, output)
+
+        request = await run_in_threadpool(prepare)
+        return await asyncio.get_running_loop().run_in_executor(services.infers, _run, services, request)
+
+    return routes
+
+
+class _Request:
+    """One checked request: of `image` (an id), `path` (a session's) and `file` (an upload) one is set."""
+
+    def __init__(self, options: dict[str, Any], output: InferOutput) -> None:
+        self.options, self.output = options, output
+        self.image: str | None = None
+        self.path: Path | None = None
+        self.file: UploadFile | None = None
+
+
+def _prepare(
+    services: Services,
+    user: User,
+    model: str,
+    image: str,
+    session_id: str,
+    params: str,
+    file: UploadFile | None,
+    output: InferOutput,
+) -> _Request:
+    """Check everything before the request waits for its turn."""
+    task = choice("model", model, services.app._infers)
+    store = services.app.datastore()
+    given = json_object(params)
+    request = _Request({**_options(task, given, model, image), "model": model}, output)
+    if session_id:
+        request.path = Path(known_session(services, session_id, touch=True)["image"])
+    elif file is not None:
+        uploads.suffix(file.filename, uploads.IMAGE_SUFFIXES, "file")
+        request.file = file
+    elif image:
+        request.image = known_image(store, image)
+    else:
+        raise HTTPException(400, "what to segment: expected an image id, a file or a session_id")
+    if request.image is None or not request.options.get("save_label"):
+        for key in SAVE_OPTIONS:
+            request.options.pop(key, None)
+    elif user.role == "viewer":
+        raise HTTPException(403, "save_label: this needs the role annotator")
+    if choices.boolean("uncertainty_map", _chosen(request.options.get("uncertainty_map"))):
+        if request.image is None:
+            raise HTTPException(400, "uncertainty_map: offered for the images of the datastore, which keeps the map")
+        if user.role == "viewer":
+            raise HTTPException(403, "uncertainty_map: this needs the role annotator")
+    if output is InferOutput.dicom_seg and (request.image is None or not isinstance(store, DicomStore)):
+        raise HTTPException(400, "output: dicom_seg is offered for the images of a DICOMweb archive only")
+    return request
+
+
+def _run(services: Services, request: _Request) -> Response:
+    app = services.app
+    with ExitStack() as stack:
+        if request.image is not None:
+            result = app.infer({**request.options, "image": request.image})
+        elif request.file is not None:
+            path = stack.enter_context(uploads.saved(request.file, uploads.IMAGE_SUFFIXES, "file"))
+            result = app.infer_file(request.options, path)
+        else:
+            assert request.path is not None
+            result = app.infer_file(request.options, request.path)
+        mask = Path(result["file"])
+        stack.callback(mask.unlink, missing_ok=True)
+        return _answer(app, request, mask, result["params"])
+
+
+def _answer(app: Any, request: _Request, mask: Path, params: dict[str, Any]) -> Response:
+    if request.output is InferOutput.json:
+        return Response(json.dumps(params), media_type="application/json")
+    if request.output is InferOutput.dicom_seg:
+        return _dicom_seg(app, request, mask, params)
+    if request.output is InferOutput.image:
+        return _attached(mask.read_bytes(), mask.name)
+    fields = {
+        "params": (None, json.dumps(params), "application/json"),
+        "image": (mask.name, mask.read_bytes(), _media_type(mask.name)),
+    }
+    body = MultipartEncoder(fields=fields)
+    return Response(body.to_string(), media_type=body.content_type)
+
+
+def _dicom_seg(app: Any, request: _Request, mask: Path, params: dict[str, Any]) -> Response:
+    assert request.image is not None
+    seg = app.datastore().as_seg(request.image, request.options["model"], params["model_version"], mask)
+    with io.BytesIO() as file:
+        seg.save_as(file)
+        return _attached(file.getvalue(), f"{request.image}.dcm", "application/dicom")
+
+
+def _attached(content: bytes, name: str, kind: str | None = None) -> Response:
+    headers = {"Content-Disposition": f'attachment; filename="{name}"'}
+    return Response(content, media_type=kind or _media_type(name), headers=headers)
+
+
+def _media_type(name: str) -> str:
+    return mimetypes.guess_type(name, strict=False)[0] or "application/octet-stream"
+
+
+def _options(task: Any, given: dict[str, Any], model: str, image: str) -> dict[str, Any]:
+    """The options that the model knows, of types it can read. No option may name a file of the server."""
+    for key, value in zip(RESERVED, (model, image), strict=True):
+        if given.get(key, value) not in (value, ""):
+            raise HTTPException(400, f"params: {key!r} belongs into the address, where it is {value!r}")
+    for key in FORBIDDEN:
+        if key in given:
+            raise HTTPException(400, f"params: {key!r} cannot be set")
+    known = {*task.config(), *RESULT_OPTIONS, *SAVE_OPTIONS, "label_info"}
+    options = {key: value for key, value in given.items() if key in known}
+    for key, value in options.items():
+        if key == "label_info":
+            readable = isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
+        elif key == "concepts":
+            readable = isinstance(value, (str, dict))
+        else:
+            readable = _is_plain(value) or (isinstance(value, list) and bool(value) and all(map(_is_plain, value)))
+        if not readable:
+            raise HTTPException(400, f"params: {key}: a value of this type cannot be read")
+    extension = _chosen(options.pop("result_extension", None))
+    if extension:
+        if extension not in uploads.RESULT_SUFFIXES:
+            valid = ", ".join(uploads.RESULT_SUFFIXES)
+            raise HTTPException(400, f"result_extension: {extension!r}; valid are {valid}")
+        options["result_extension"] = extension
+    for key in SWITCHES:
+        if key in options:
+            options[key] = choices.boolean(key, _chosen(options[key]))
+    if "device" in options:
+        options["device"] = choices.device(_chosen(options["device"]))
+    tag = options["label_tag"] = _chosen(options.get("label_tag", "original"))
+    if not isinstance(tag, str):
+        raise HTTPException(400, "label_tag: expected a name")
+    return options
+
+
+def _chosen(value: Any) -> Any:
+    """Clients may send an option's whole list of choices: its first entry is meant."""
+    return value[0] if isinstance(value, list) else value
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str))

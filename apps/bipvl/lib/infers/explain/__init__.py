@@ -1,0 +1,1 @@
+"""What the text had to do with a mask."""

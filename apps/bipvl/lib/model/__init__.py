@@ -1,0 +1,1 @@
+"""The model: the networks, their losses, prediction, checkpoints, versions and reports."""

@@ -1,0 +1,1 @@
+"""What a round or an evaluation found, as one HTML page, and pictures of versions."""

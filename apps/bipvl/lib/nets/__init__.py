@@ -1,6 +1,0 @@
-"""The networks. `build_model(task)` is the one place where sizes become modules."""
-
-from lib.nets.bipvl import BiPVLSeg, Output, build_model
-from lib.nets.text import TextAssets
-
-__all__ = ["BiPVLSeg", "Output", "TextAssets", "build_model"]

@@ -1,0 +1,1 @@
+"""A DICOMweb archive as a store of images and labels."""

@@ -1,0 +1,152 @@
+"""A DICOM series as a volume: one grid for the image that the network reads and for the segments drawn on it.
+
+The volume's axes are the series' columns, rows and slices; slices are in order of their position along the normal, as
+3D Slicer, OHIF and ITK have them. Distances are millimetres, affines are RAS+ as in NIfTI.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import SimpleITK as sitk
+from pydicom import dcmread
+from pydicom.dataset import Dataset
+
+from lib.stores.errors import StoreError
+
+REQUIRED = (
+    *("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "Rows", "Columns"),
+    *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"),
+)
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+UNEVEN = 0.05  # share of the distance between slices by which one may lie off: rounding in headers, no more
+TILT = 0.1  # voxels that the last slice may be shifted within its plane against the first
+ANGLE = 1e-3  # largest difference of a direction cosine between slices
+
+
+class SeriesError(StoreError):
+    """A series that is no volume; the message says why."""
+
+
+@dataclass(frozen=True)
+class Volume:
+    """The grid of a series, and its headers.
+
+    headers: one a slice, in the order of the third axis.
+    affine: (4, 4), voxel indices to RAS+ millimetres.
+    """
+
+    headers: tuple[Dataset, ...]
+    affine: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        first = self.headers[0]
+        return int(first.Columns), int(first.Rows), len(self.headers)
+
+
+def read_headers(folder: Path) -> Volume:
+    """The volume that a folder of one series' files holds.
+
+    Raises:
+        SeriesError: a tag is missing, or the slices are no even stack.
+    """
+    return volume_of([dcmread(file, stop_before_pixels=True) for file in sorted(folder.glob("*.dcm"))])
+
+
+def volume_of(headers: Sequence[Dataset]) -> Volume:
+    """The volume of a series' headers, in any order.
+
+    Raises:
+        SeriesError: a tag is missing, or the slices are no even stack.
+    """
+    for ds in headers:
+        for name in REQUIRED:
+            if ds.get(name) in (None, "", []):
+                raise SeriesError(f"{_name(ds)}: the DICOM tag {name} is missing or empty")
+    if len(headers) < 2:
+        raise SeriesError(f"{_name(headers[0]) if headers else 'the series'}: expected at least two slices")
+    first = headers[0]
+    orientation = np.array(first.ImageOrientationPatient, float)
+    for ds in headers[1:]:
+        same = (ds.Rows, ds.Columns) == (first.Rows, first.Columns)
+        same &= np.allclose(np.array(ds.PixelSpacing, float), np.array(first.PixelSpacing, float), rtol=1e-4)
+        if not same or np.abs(np.array(ds.ImageOrientationPatient, float) - orientation).max() > ANGLE:
+            raise SeriesError(f"{_name(ds)}: the slices differ in size, pixel spacing or orientation: no volume")
+    row, column = orientation[:3], orientation[3:]
+    normal = np.cross(row, column)
+    if abs(np.linalg.norm(normal) - 1) > 0.01:
+        raise SeriesError(f"{_name(first)}: ImageOrientationPatient {orientation.tolist()}: no right angle")
+    ordered = sorted(headers, key=lambda ds: float(np.dot(normal, np.array(ds.ImagePositionPatient, float))))
+    places = np.array([[float(x) for x in ds.ImagePositionPatient] for ds in ordered])
+    step = (places[-1] - places[0]) / (len(ordered) - 1)
+    _check_even(places @ normal, float(step @ normal), first)
+    spacing = [float(x) for x in first.PixelSpacing]  # of rows, of columns
+    shift = max(abs(step @ row) / spacing[1], abs(step @ column) / spacing[0]) * (len(ordered) - 1)
+    if shift > TILT:
+        raise SeriesError(f"{_name(first)}: the slices are sheared by {shift:.1f} voxels (gantry tilt): resample first")
+    lps = np.eye(4)
+    lps[:3] = np.column_stack([row * spacing[1], column * spacing[0], step, places[0]])
+    return Volume(tuple(ordered), LPS_TO_RAS @ lps)
+
+
+def _check_even(positions: np.ndarray, step: float, first: Dataset) -> None:
+    """`positions`: of the slices along the normal, in order."""
+    gaps = np.diff(positions)
+    if step <= 0 or (gaps < 0.01 * step).any():
+        raise SeriesError(f"{_name(first)}: several slices at one position: the series holds more than one volume")
+    off = np.abs(positions - positions[0] - step * np.arange(len(positions))).max()
+    if off > UNEVEN * step or np.abs(gaps - step).max() > UNEVEN * step:
+        raise SeriesError(
+            f"{_name(first)}: slices are missing or unevenly spaced: distances from {gaps.min():.3f} to "
+            f"{gaps.max():.3f} mm"
+        )
+
+
+def write_nifti(files: dict[str, Path], volume: Volume, target: Path) -> None:
+    """Write the image of a series: rescaled values, on the grid of the volume.
+
+    Args:
+        files: SOP instance UID to the slice's file, of any transfer syntax that GDCM reads.
+
+    Raises:
+        SeriesError: pixels that cannot be read, or that are no grey values.
+    """
+    slices = []
+    for ds in volume.headers:
+        slices.append(_pixels(files[str(ds.SOPInstanceUID)], _name(ds)))
+        if slices[-1].shape != volume.shape[1::-1]:
+            raise SeriesError(f"{_name(ds)}: expected grey values of {volume.shape[1::-1]}, found {slices[-1].shape}")
+    kind: Any = np.result_type(*slices)
+    if kind.kind == "f":
+        kind = np.dtype(np.float32)
+    elif kind.itemsize == 8:  # NIfTI has 64-bit integers, viewers do not
+        kind = np.dtype(np.int32)
+    voxels = np.stack(slices).astype(kind).transpose(2, 1, 0)
+    image = nib.Nifti1Image(voxels, volume.affine)
+    image.set_qform(volume.affine, code=1)
+    image.set_sform(volume.affine, code=1)
+    image.header.set_xyzt_units("mm", "sec")
+    nib.save(image, target)
+
+
+def _pixels(file: Path, name: str) -> np.ndarray:
+    """Rescaled values (rows, columns)."""
+    reader = sitk.ImageFileReader()
+    reader.SetImageIO("GDCMImageIO")
+    reader.SetFileName(str(file))
+    try:
+        pixels = sitk.GetArrayFromImage(reader.Execute())
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise SeriesError(f"{name}: the pixels cannot be read: {reason}") from error
+    return pixels[0] if pixels.ndim == 3 and pixels.shape[0] == 1 else pixels
+
+
+def _name(ds: Dataset) -> str:
+    return f"series {ds.get('SeriesInstanceUID', '?')}, slice {ds.get('InstanceNumber', '?')}"

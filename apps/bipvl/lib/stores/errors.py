@@ -1,0 +1,27 @@
+"""What a store of images and labels can refuse."""
+
+from __future__ import annotations
+
+
+class StoreError(ValueError):
+    """A request that the store cannot fulfil; `status` is the HTTP status that says so."""
+
+    status = 400
+
+
+class NotInStoreError(StoreError):
+    """An image or label that does not exist."""
+
+    status = 404
+
+
+class ReadOnlyError(StoreError):
+    """A change to a store that cannot be changed."""
+
+    status = 403
+
+
+class ConflictError(StoreError):
+    """A change that another one, or another file, is in the way of."""
+
+    status = 409

@@ -1,0 +1,1 @@
+"""What clients send: checked, and brought into the values of its task."""

@@ -1,0 +1,1 @@
+"""Volumes and masks: read, written, transformed, measured and pictured."""

@@ -1,0 +1,1 @@
+"""Generated CT-like studies."""

@@ -1,0 +1,1 @@
+"""What the text moves, and what it explains."""

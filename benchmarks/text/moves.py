@@ -1,0 +1,212 @@
+"""What the text moves: other sentences for one request, and how far the masks follow them.
+
+    python -m benchmarks.text.moves phantom                     trains both heads on a phantom of left and right
+    python -m benchmarks.text.moves scans FILE... --data FOLDER checkpoints of accuracy.py on test patients
+    python -m benchmarks.text.moves tables                      the section of docs/text.md
+
+Each request is compared with the standard one, class by class, on the network's grid: Dice of the mask with its own
+mask of before ("stays": 1 where the text moved nothing), and with that of the class whose words or sentences it got
+("follows": 1 where the mask went with them).
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from benchmarks import ROOT
+from benchmarks.accuracy.data import Preprocessed, find_cases, split_cases
+from benchmarks.common import RESULTS, save, saved_runs
+from benchmarks.documents import insert
+from benchmarks.text import laterality
+from lib.model import checkpoints
+from lib.model.nets import BiPVLSeg
+from lib.model.predict import predict
+from lib.tasks import Task
+from lib.tasks.wording import exchanged_rows
+
+Predict = Callable[[Task, list[list[str]]], Tensor]  # a task's classes and their sentences to labels (cases, ...)
+PAIRS: dict[str, list[tuple[str, str]]] = {
+    "left and right": [("left", "right")],
+    "inner and outer": [("inner", "outer")],
+    "thick and thin": [("thick", "thin"), ("thicker", "thinner")],
+    "dark and white": [("dark", "white")],
+}
+WORK = Path.home() / ".cache" / "bipvl-accuracy"
+DOCUMENT = ROOT / "docs" / "text.md"
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command("phantom")
+def phantom_command(seeds: int = 3, steps: int = 100, cases: int = 16) -> None:
+    """Train both heads on the phantom of left and right, in both wordings."""
+    runs = []
+    for seed in range(seeds):
+        for head in ("fixed", "text"):
+            for wording in laterality.NAMES:
+                task = laterality.task(head, wording)
+                model = laterality.train(task, steps, seed)
+                image, label = laterality.draw(cases, torch.Generator().manual_seed(10_000))
+                found = moves(task, patches(model, image), label[:, 0].long())
+                runs.append({"head": head, "wording": wording, "seed": seed, **found})
+                print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
+                save("text-moves-phantom", {"steps": steps, "cases": cases, "runs": runs})
+
+
+@app.command("scans")
+def scans_command(
+    files: Annotated[list[Path], typer.Argument(help="checkpoints")],
+    data: Annotated[Path, typer.Option(help="folder of the data set")],
+    patients: int = 12,
+    field: Annotated[tuple[float, float] | None, typer.Option(help="mm around the centre; size small: 192 192")] = None,
+    work: Annotated[Path, typer.Option(help="preprocessed volumes")] = WORK,
+) -> None:
+    """Ask trained versions for the first frame of test patients; results of other files in the JSON stay."""
+    runs = [r for r in saved_runs("text-moves-scans") if r["checkpoint"] not in {file.stem for file in files}]
+    for file in files:
+        model, task = checkpoints.restore_model(checkpoints.load(file), file)
+        held_out = split_cases(find_cases(data)).test
+        firsts = list({case["patient"]: case for case in reversed(held_out)}.values())[:patients]
+        volumes = list(Preprocessed(task, firsts, work / "volumes", field))
+        labels = torch.cat([v["label"].as_tensor().long().flatten() for v in volumes])
+        found = moves(task, scans(model.eval(), [v["image"] for v in volumes]), labels)
+        varied = task.training.mirror > 0 or task.training.drop_concepts > 0
+        runs.append({"head": task.model.head, "varied": varied, "checkpoint": file.stem, **found})
+        print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
+        save("text-moves-scans", {"task": task.name, "patients": len(firsts), "runs": runs})
+
+
+@app.command("tables")
+def tables_command() -> None:
+    """Write the tables of both into the document."""
+    text = []
+    for name, title in (("phantom", "Phantom of left and right"), ("scans", "Cardiac MR")):
+        path = RESULTS / f"text-moves-{name}.json"
+        if path.is_file():
+            text += [f"### {title}\n", table(json.loads(path.read_text())["runs"])]
+    insert(DOCUMENT, "text-moves", "\n".join(text))
+
+
+# Requests -------------------------------------------------------------------------------------------------------------
+
+
+def patches(model: BiPVLSeg, image: Tensor) -> Predict:
+    """Whole images at once."""
+
+    @torch.no_grad()
+    def run(task: Task, rows: list[list[str]]) -> Tensor:
+        return model(image, model.text.tokenize(rows)).logits.argmax(1)
+
+    return run
+
+
+def scans(model: BiPVLSeg, images: Sequence[Tensor]) -> Predict:
+    """Sliding windows, the voxels of all images in one line."""
+
+    def run(task: Task, rows: list[list[str]]) -> Tensor:
+        found = [predict(model, image, task, sentences=model.text.tokenize(rows)) for image in images]
+        return torch.cat([f.probabilities.argmax(0).flatten() for f in found])
+
+    return run
+
+
+def moves(task: Task, run: Predict, label: Tensor) -> dict[str, Any]:
+    """All requests that fit the task's sentences: words exchanged everywhere, two classes' sentences exchanged, and one
+    class alone given another's sentences."""
+    names, rows = task.classes, task.text_rows()
+    before = run(task, rows)
+    result: dict[str, Any] = {"dice": {n: dice(before, i, label, i) for i, n in enumerate(names, 1)}, "requests": []}
+
+    def record(request: str, after: Tensor, goes: dict[int, int], words: int) -> None:
+        classes = {
+            names[i]: {
+                "stays": dice(after, i + 1, before, i + 1),
+                "follows": dice(after, i + 1, before, goes.get(i, i) + 1),
+                "to": names[goes.get(i, i)],
+            }
+            for i in range(len(names))
+        }
+        result["requests"].append({"request": request, "words": words, "classes": classes})
+
+    for title, pairs in PAIRS.items():
+        other = rows
+        for pair in pairs:
+            other = exchanged_rows(other, *pair)
+        words = sum(
+            a != b
+            for old, new in zip(rows, other, strict=True)
+            for s, t in zip(old, new, strict=True)
+            for a, b in zip(s.split(), t.split(), strict=True)
+        )
+        if words:
+            twins = {0: 1, 1: 0} if task.name == "laterality" else {}
+            record(f"{title} exchanged", run(task, other), twins, words)
+    for i in range(len(names)):
+        for j in range(i + 1, len(names)):
+            other = list(rows)
+            other[i], other[j] = rows[j], rows[i]
+            record(f"{names[i]} and {names[j]} exchange all sentences", run(task, other), {i: j, j: i}, 0)
+    for i in range(len(names)):
+        j = (i + 1) % len(names)
+        # Two classes of one description would tie: with the text head the other one is not asked for.
+        asked = [n for n in range(len(names)) if n != j or task.model.head == "fixed"]
+        found = run(task.only([names[n] for n in asked]), [rows[j if n == i else n] for n in asked])
+        numbers = torch.tensor([0, *(1 + n for n in asked)])
+        record(f"{names[i]} described as {names[j]}", numbers[found], {i: j}, 0)
+    return result
+
+
+def dice(a: Tensor, i: int, b: Tensor, j: int) -> float:
+    """Dice of two masks; 1 where both are empty."""
+    first, second = a == i, b == j
+    total = int(first.sum() + second.sum())
+    return round(float(2 * (first & second).sum()) / total, 4) if total else 1.0
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """A row a request and class: for each kind of run the mean over seeds of "stays" and "follows", and their range."""
+    heads = sorted(set(map(column, runs)))
+    lines = [
+        "| request | class | " + " | ".join(f"{h}: stays | {h}: follows" for h in heads) + " |",
+        "|---|---|" + "---|" * 2 * len(heads),
+    ]
+    wordings = list(dict.fromkeys(r.get("wording", "") for r in runs))
+    for wording in wordings:
+        some = [r for r in runs if r.get("wording", "") == wording]
+        means = [f"| Dice against the reference ({wording or 'test'}) | {name} |" for name in some[0]["dice"]]
+        for line, name in zip(means, some[0]["dice"], strict=True):
+            cells = [spread([r["dice"][name] for r in some if column(r) == h]) + " |" for h in heads]
+            lines.append(f"{line} " + " | ".join(cells) + " |")
+        for n, request in enumerate(some[0]["requests"]):
+            for name in request["classes"]:
+                cells = []
+                for h in heads:
+                    found = [r["requests"][n]["classes"][name] for r in some if column(r) == h]
+                    moved = found[0]["to"] != name
+                    cells.append(spread([f["stays"] for f in found]))
+                    cells.append(spread([f["follows"] for f in found]) if moved else "")
+                lines.append(f"| {request['request']} | {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def column(run: dict[str, Any]) -> str:
+    """The head, and whether the sentences varied in training."""
+    return run["head"] + (", varied sentences" if run.get("varied") else "")
+
+
+def spread(values: list[float]) -> str:
+    mean = statistics.mean(values)
+    return f"{mean:.2f}" if len(values) == 1 else f"{mean:.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,30 @@
+"""Eight annotators at once: no error, no lost label, and how long they wait."""
+
+import pytest
+
+from lib.volumes.phantoms.studies import write_studies
+from support import load
+from support.server import Server
+from support.training import SMALL
+
+CLIENTS = 8
+SECONDS = 120
+
+
+@pytest.mark.slow
+def test_eight_clients_for_two_minutes(tmp_path, capsys):
+    studies = tmp_path / "studies"
+    write_studies(studies, cases=12, labelled=0, seed=3)
+    images = {p.name.removesuffix(".nii.gz"): p for p in studies.glob("*.nii.gz")}
+    with Server(studies, tmp_path / "models", {"models": "quickstart", **SMALL}) as server:
+        result = load.run(server.client.get_server_url(), "quickstart", images, tmp_path, CLIENTS, SECONDS)
+        status = server.client.info()["datastore"]
+    with capsys.disabled():
+        print(f"\n{CLIENTS} clients, {SECONDS} s\n{result.table()}")
+    assert result.errors == []
+    assert all(result.seconds[name] for name in load.OPERATIONS)
+    for case, digests in result.saved.items():
+        kept = [studies / "labels" / "final" / f"{case}.nii.gz"]
+        kept += (studies / "labels" / "history" / "final" / case).glob("*.nii.gz")
+        assert digests <= {load.digest(p) for p in kept}, f"a label of {case} is lost"
+    assert status["completed"] == len(result.saved)

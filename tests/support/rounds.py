@@ -1,0 +1,100 @@
+"""Training rounds that can be killed: a process that has imported the app once and forks a round on demand.
+
+Importing takes many times longer than the tiny rounds of the fault tests. The parent computes nothing, so that the
+child starts with no thread but its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+
+class Rounds:
+    """Use as a context manager. `start` begins a round, `kill` ends it, `wait` lets it finish."""
+
+    def __init__(self, task: str, changes: dict[str, str], log: Path) -> None:
+        self.job = {"task": task, "changes": changes}
+        self.log = log
+
+    def __enter__(self) -> Rounds:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, __file__]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        assert self._read() == "ready"
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def start(self, studies: Path, models: Path, **request: Any) -> int:
+        """Begin a round and return its process id."""
+        job = {**self.job, "studies": str(studies), "models": str(models), "request": request, "log": str(self.log)}
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        self.pid = int(self._read())
+        return self.pid
+
+    def kill(self) -> bool:
+        """kill -9 at once; False where the round had already ended."""
+        os.kill(self.pid, signal.SIGKILL)
+        return int(self._read()) == -signal.SIGKILL
+
+    def wait(self) -> int:
+        """Exit code of the round, 0 where it was completed."""
+        return int(self._read())
+
+    def _read(self) -> str:
+        line = self.process.stdout.readline().strip()
+        assert line, f"the process of the rounds has ended; see {self.log}"
+        return line
+
+
+def _run(job: dict[str, Any]) -> None:
+    from lib.stores.local import LocalStore
+    from lib.tasks import load_task
+    from lib.trainers import BiPVLTrain
+
+    task = load_task(job["task"], job["changes"])
+    BiPVLTrain(task, Path(job["models"]) / task.name)(job["request"], LocalStore(job["studies"]))
+
+
+def main() -> None:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "apps" / "bipvl"))
+    import lib.stores.local  # noqa: F401
+    import lib.trainers  # noqa: F401
+
+    print("ready", flush=True)
+    pid = None
+    for line in sys.stdin:
+        if pid:
+            os.waitpid(pid, 0)
+        job = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            with open(job["log"], "a") as log:
+                os.dup2(log.fileno(), 1)
+                os.dup2(log.fileno(), 2)
+            try:
+                _run(job)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        print(pid, flush=True)
+        # Looked at, not reaped until the next job: no other process gets this id before a kill arrives.
+        end = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        print(end.si_status if end.si_code == os.CLD_EXITED else -end.si_status, flush=True)
+
+
+if __name__ == "__main__":
+    main()

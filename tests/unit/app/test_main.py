@@ -1,0 +1,49 @@
+"""The app's start-up: which tasks it serves, and what it says when it cannot."""
+
+import subprocess
+import sys
+
+import pytest
+
+from lib.app.bipvl import BiPVLApp, _select
+from lib.tasks import TaskError
+from support import ROOT
+
+
+def test_quickstart_is_the_default_and_names_select():
+    assert list(_select({})) == ["quickstart"]
+    assert list(_select({"models": "mmwhs-ct, mmwhs-mr"})) == ["mmwhs-ct", "mmwhs-mr"]
+
+
+def test_dotted_settings_change_every_selected_task():
+    tasks = _select({"models": "mmwhs-ct,mmwhs-mr", "model.feature_size": "24", "server_mode": "true"})
+    assert {t.model.feature_size for t in tasks.values()} == {24}
+
+
+@pytest.mark.parametrize(
+    ("conf", "message"),
+    [
+        ({"models": "amos22ct"}, "unknown task 'amos22ct'; valid are .*did you mean 'amos22-ct'"),
+        ({"model.feature_sise": "24"}, "feature_sise: unknown key; valid are .*did you mean 'feature_size'"),
+        ({"config": "missing.yaml"}, "task file missing.yaml does not exist"),
+    ],
+)
+def test_mistakes_at_start_up_are_named(conf, message):
+    with pytest.raises(TaskError, match=message):
+        _select(conf)
+
+
+def test_app_offers_a_model_and_a_trainer_a_task(tmp_path):
+    app = BiPVLApp(str(ROOT / "apps" / "bipvl"), str(tmp_path / "studies"), {"model_dir": str(tmp_path / "models")})
+    info = app.info()
+    assert list(info["models"]) == list(info["trainers"]) == ["quickstart"]
+    assert info["models"]["quickstart"]["config"]["model_version"] == ["served"]
+    assert info["labels"] == ["liver", "spleen", "left kidney", "right kidney", "aorta", "spine"]
+
+
+def test_a_users_mistake_is_one_line_on_the_command_line():
+    command = [sys.executable, str(ROOT / "apps" / "bipvl" / "main.py"), "concepts", "no-such-task"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "Error: unknown task 'no-such-task'" in result.stdout
+    assert "Traceback" not in result.stdout + result.stderr

@@ -1,0 +1,160 @@
+"""Series as volumes: the grid that a viewer sees, and a plain answer where there is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK as sitk
+
+from lib.stores.dicom.series import SeriesError, Volume, read_headers, volume_of, write_nifti
+from support.dicoms import AXIAL, make_series, with_uids
+
+OBLIQUE = (0.8, 0.6, 0.0, -0.48, 0.64, 0.6)
+GRIDS = {
+    "axial": {},
+    "feet first": {"descending": True},
+    "patient turned over": {"orientation": (-1, 0, 0, 0, -1, 0)},
+    "coronal": {"orientation": (1, 0, 0, 0, 0, -1)},
+    "sagittal": {"orientation": (0, 1, 0, 0, 0, -1)},
+    "oblique": {"orientation": OBLIQUE},
+}
+
+
+def converted(folder: Path) -> tuple[Volume, nib.Nifti1Image]:
+    volume = read_headers(folder)
+    files = {str(pydicom.dcmread(f, stop_before_pixels=True).SOPInstanceUID): f for f in folder.glob("*.dcm")}
+    target = folder.parent / f"{folder.name}.nii.gz"
+    write_nifti(files, volume, target)
+    image = nib.load(target)
+    assert isinstance(image, nib.Nifti1Image)
+    return volume, image
+
+
+def as_itk_reads(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels and RAS affine by the reader that 3D Slicer and MONAI Label build on."""
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder)))
+    image = reader.Execute()
+    affine = np.eye(4)
+    affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * image.GetSpacing()
+    affine[:3, 3] = image.GetOrigin()
+    return sitk.GetArrayFromImage(image).transpose(2, 1, 0), np.diag([-1, -1, 1, 1]) @ affine
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_image_is_what_itk_reads(name: str, tmp_path: Path) -> None:
+    make_series(tmp_path / "s", **GRIDS[name])
+    volume, image = converted(tmp_path / "s")
+    voxels, affine = as_itk_reads(tmp_path / "s")
+    assert image.shape == volume.shape == (9, 7, 5)
+    np.testing.assert_array_equal(np.asarray(image.dataobj), voxels)
+    np.testing.assert_allclose(volume.affine, affine, atol=1e-5)
+    np.testing.assert_allclose(image.affine, affine, atol=1e-4)  # NIfTI keeps 32 bits
+    assert image.get_data_dtype() == np.int16
+
+
+def test_voxel_lies_where_its_pixel_does(tmp_path: Path) -> None:
+    """By hand: column 2 at 1.5 mm, row 3 at 0.8 mm, slice 4 at 3 mm from (-20, 11, 4) LPS."""
+    make_series(tmp_path / "s")
+    volume, _ = converted(tmp_path / "s")
+    np.testing.assert_allclose(volume.affine @ [2, 3, 4, 1], [20 - 3, -11 - 2.4, 4 + 12, 1], atol=1e-9)
+
+
+def test_real_series_is_what_itk_reads(real_data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "crlm"
+    folder.mkdir()
+    for file in sorted((real_data / "dicom_ct" / "crlm-ct-1004").iterdir()):
+        (folder / f"{file.stem}.dcm").symlink_to(file)
+    _, image = converted(folder)
+    voxels, affine = as_itk_reads(folder)
+    np.testing.assert_array_equal(np.asarray(image.dataobj), voxels)
+    np.testing.assert_allclose(image.affine, affine, atol=1e-4)
+    assert image.shape == (512, 512, 41)
+    assert int(np.asarray(image.dataobj).min()) == -3024  # padding, which the task clips
+
+
+def test_jpeg_2000_series_is_read_and_its_label_fits(real_data: Path, tmp_path: Path) -> None:
+    """The label that came with the series is stored LAS, the series is LPS."""
+    with_uids(real_data / "dicom_ct" / "ts-example-dicom-j2k", tmp_path / "s")
+    compressed = pydicom.dcmread(tmp_path / "s" / "0.dcm").file_meta.TransferSyntaxUID
+    assert compressed.is_compressed
+    _, image = converted(tmp_path / "s")
+    label = nib.load(real_data / "dicom_ct" / "ts-example-dicom_label-ts117.nii.gz")
+    assert nib.aff2axcodes(label.affine) == ("L", "A", "S")
+    turned = label.as_reoriented(
+        nib.orientations.ornt_transform(nib.io_orientation(label.affine), nib.io_orientation(image.affine))
+    )
+    np.testing.assert_allclose(turned.affine, image.affine, atol=1e-2)
+    # Bone, wherever the label says vertebra, is denser than the rest of the body.
+    voxels, values = np.asarray(image.dataobj), np.asarray(turned.dataobj)
+    assert voxels.min() < -900 < 200 < voxels.max()
+    assert voxels[values > 0].mean() > voxels[values == 0].mean() + 100
+
+
+@pytest.mark.parametrize("name", ["ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows"])
+def test_missing_tag_is_named(name: str, tmp_path: Path) -> None:
+    make_series(tmp_path / "s", without=(name,))
+    with pytest.raises(SeriesError, match=f"the DICOM tag {name} is missing"):
+        read_headers(tmp_path / "s")
+
+
+def headers(tmp_path: Path, **more: object) -> list[pydicom.Dataset]:
+    make_series(tmp_path / "s", **more)  # type: ignore[arg-type]
+    return list(read_headers(tmp_path / "s").headers)
+
+
+def test_gap_is_refused(tmp_path: Path) -> None:
+    slices = headers(tmp_path)
+    with pytest.raises(SeriesError, match=r"missing or unevenly spaced: distances from 3.000 to 6.000 mm"):
+        volume_of([*slices[:2], *slices[3:]])
+
+
+def test_two_volumes_in_one_series_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SeriesError, match="more than one volume"):
+        volume_of(headers(tmp_path) * 2)
+
+
+def test_gantry_tilt_is_refused(tmp_path: Path) -> None:
+    slices = headers(tmp_path)
+    for k, ds in enumerate(slices):
+        ds.ImagePositionPatient = [-20, 11 + 0.5 * k, 4 + 3 * k]
+    with pytest.raises(SeriesError, match=r"sheared by 2.5 voxels \(gantry tilt\)"):
+        volume_of(slices)
+
+
+def test_mixed_orientations_are_refused(tmp_path: Path) -> None:
+    slices = headers(tmp_path)
+    slices[2].ImageOrientationPatient = list(OBLIQUE)
+    with pytest.raises(SeriesError, match="differ in size, pixel spacing or orientation"):
+        volume_of(slices)
+
+
+def test_rounded_positions_are_taken(tmp_path: Path) -> None:
+    slices = headers(tmp_path, spacing=(1.0, 1.0, 2.5), orientation=AXIAL)
+    for ds in slices:
+        ds.ImagePositionPatient = [round(float(x), 1) for x in ds.ImagePositionPatient]
+    assert volume_of(slices).shape == (9, 7, 5)
+
+
+def test_one_slice_is_no_volume(tmp_path: Path) -> None:
+    with pytest.raises(SeriesError, match="at least two slices"):
+        volume_of(headers(tmp_path)[:1])
+
+
+def test_slopes_of_single_slices_are_applied(tmp_path: Path) -> None:
+    """MR and PET scale every slice on its own."""
+    make_series(tmp_path / "s", modality="MR")
+    files = sorted((tmp_path / "s").glob("*.dcm"))
+    raw = {}
+    for number, file in enumerate(files):
+        ds = pydicom.dcmread(file)
+        ds.RescaleSlope, ds.RescaleIntercept = 0.5 + number, number
+        raw[str(ds.SOPInstanceUID)] = ds.pixel_array * (0.5 + number) + number
+        ds.save_as(file)
+    volume, image = converted(tmp_path / "s")
+    expected = np.stack([raw[str(ds.SOPInstanceUID)] for ds in volume.headers]).transpose(2, 1, 0)
+    np.testing.assert_allclose(np.asarray(image.dataobj), expected, rtol=1e-6)

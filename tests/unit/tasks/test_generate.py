@@ -1,0 +1,401 @@
+"""Drafting sentences through an endpoint that speaks the protocol: good answers, bad ones, limits, being stopped."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from lib.app.cli import commands as cli
+from lib.tasks import load_concepts, load_task
+from lib.tasks.check import check
+from lib.tasks.generate import WRITTEN, class_sentence
+from support import ROOT
+
+KEY, MODEL = "sk-right-and-secret", "describer-1"
+TASK = load_task("quickstart")
+
+
+def sentences(name, **changes):
+    """What a good model answers for a class."""
+    number = TASK.classes.index(name)
+    side = f" on the {name.split()[0]} side" if name.split()[0] in ("left", "right") else ""
+    made = {a: f"Sentence {number} on the {a} of one rounded body{side}, seen beside its neighbours." for a in WRITTEN}
+    return {**made, **changes}
+
+
+def completion(content, **more):
+    message = {"role": "assistant", "content": content, **more.pop("message", {})}
+    return {
+        **{"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": MODEL},
+        "choices": [{"index": 0, "finish_reason": "stop", "message": message, **more}],
+    }
+
+
+def good(name):
+    return 200, completion(json.dumps(sentences(name)))
+
+
+class Endpoint:
+    """A Chat Completions server. `script` holds what the next requests are answered with, as functions from the class
+    asked for to (status, body[, headers]); when it is empty, good answers follow. `requests` is what was received."""
+
+    def __init__(self):
+        self.script, self.requests, self.times = [], [], []
+        self.always = {}  # class to its answer, whatever the script says
+        endpoint = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                endpoint.requests.append(body)
+                endpoint.times.append(time.monotonic())
+                answer = endpoint.answer(self.path, self.headers.get("Authorization"), body)
+                if answer is None:
+                    return None  # as if the line were cut
+                status, content, *headers = answer
+                raw = content.encode() if isinstance(content, str) else json.dumps(content).encode()
+                self.send_response(status)
+                for key, value in {"Content-Type": "application/json", **(headers[0] if headers else {})}.items():
+                    self.send_header(key, value)
+                self.send_header("Content-Length", str(len(raw)))
+                self.end_headers()
+                self.wfile.write(raw)
+
+            def log_message(self, *_):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
+
+    def answer(self, path, authorization, body):
+        if path != "/v1/chat/completions":
+            return 404, error("no such path", "invalid_request_error")
+        if authorization != f"Bearer {KEY}":
+            return 401, error("Incorrect API key provided", "invalid_api_key")
+        if body["model"] != MODEL:
+            return 404, error(f"The model {body['model']} does not exist", "model_not_found")
+        assert [m["role"] for m in body["messages"][:2]] == ["system", "user"]
+        name = asked(body)
+        if name in self.always:
+            return self.always[name](name)
+        return (self.script.pop(0) if self.script else good)(name)
+
+    def asked(self):
+        return [asked(body) for body in self.requests]
+
+
+def asked(body):
+    return re.search(r"Describe the class '(.+?)'", body["messages"][1]["content"])[1]
+
+
+def error(message, code):
+    return {"error": {"message": message, "type": code, "code": code, "param": None}}
+
+
+@pytest.fixture
+def endpoint():
+    endpoint = Endpoint()
+    yield endpoint
+    endpoint.http.shutdown()
+    endpoint.http.server_close()
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "drafted.yaml"
+
+
+def generate(endpoint, out, *more, key=KEY, task="quickstart", **environment):
+    arguments = ["concepts", "generate", str(task), "--base-url", endpoint.url, "--model", MODEL]
+    arguments += ["--out", str(out)] if out else []
+    return CliRunner().invoke(
+        cli.app, [*arguments, *map(str, more)], env={"OPENAI_API_KEY": key, "COLUMNS": "200", **environment}
+    )
+
+
+def drafted(out):
+    """The task with a drafted file."""
+    return TASK.model_copy(update={"concepts": load_concepts(out)})
+
+
+# Good answers ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_class_is_drafted_checked_and_waits_for_a_person(endpoint, out):
+    result = generate(endpoint, out)
+    assert result.exit_code == 0, result.output
+    task = drafted(out)
+    assert (task.concepts.review.status, task.concepts.review.by) == ("draft", MODEL)
+    assert check(task) == []
+    for name in TASK.classes:
+        assert task.concepts.classes[name].sentences == {"class": f"The {name} in a CT image.", **sentences(name)}
+    assert endpoint.asked() == list(TASK.classes), "one request a class"
+    assert "Nobody has reviewed it" in out.read_text() and "6/6" in result.output
+    assert list(out.parent.iterdir()) == [out], "nothing else is left"
+
+
+def test_a_model_is_told_the_structure_and_nothing_of_a_patient(endpoint, out):
+    generate(endpoint, out)
+    system, user = (m["content"] for m in endpoint.requests[3]["messages"])
+    assert all(attribute in system for attribute in WRITTEN)
+    assert "no diagnosis" in system and "Nothing about what a structure does" in system
+    assert "'right kidney'" in user and "'right', in the location" in user and "Modality: CT" in user
+    assert set(endpoint.requests[3]) == {"model", "messages"}, "nothing that not every server knows"
+
+
+def test_a_task_without_a_concepts_file_is_drafted_beside_it(endpoint, tmp_path, monkeypatch):
+    task = yaml.safe_load((ROOT / "sample-apps-config" / "quickstart.yaml").read_text())
+    file = tmp_path / "own.yaml"
+    file.write_text(yaml.safe_dump({**task, "name": "own", "concepts": "own-words.yaml"}))
+    assert generate(endpoint, None, task=file).exit_code == 0
+    assert load_task(file).concepts.classes["liver"].sentences["shape"] == sentences("liver")["shape"]
+    file.write_text(yaml.safe_dump({**task, "name": "own", "concepts": "own.yaml"}))
+    assert generate(endpoint, file, task=file).exit_code == 1, "the task file itself is not overwritten"
+
+
+def test_answers_in_a_code_fence_with_words_around_are_read(endpoint, out):
+    fenced = f"Here you are:\n```json\n{json.dumps(sentences('liver'), indent=2)}\n```\nAnything else?"
+    endpoint.always["liver"] = lambda name: (200, completion(fenced))
+    assert generate(endpoint, out).exit_code == 0
+    assert len(endpoint.requests) == 6
+
+
+def test_articles_follow_the_sound_of_the_letters():
+    assert class_sentence(load_task("acdc-mr"), "myocardium") == "The myocardium in an MR image."
+    for task in map(load_task, ("amos22-ct", "msd-brain")):
+        for name in task.classes:
+            assert class_sentence(task, name) == task.concepts.classes[name].sentences["class"]
+
+
+# Bad answers ----------------------------------------------------------------------------------------------------------
+
+BAD = {
+    "prose": (lambda n: completion("I would rather talk."), "there is no JSON object"),
+    "cut JSON": (lambda n: completion('{"shape": "A wedge", }'), "not valid JSON"),
+    "nested too deep": (lambda n: completion('{"shape": ' + "[" * 9000 + "]" * 9000 + "}"), "not valid JSON"),
+    "a key missing": (
+        lambda n: completion(json.dumps({k: v for k, v in sentences(n).items() if k != "contour"})),
+        "the key 'contour' is missing",
+    ),
+    "an unknown key": (lambda n: completion(json.dumps(sentences(n, size="Large."))), "unknown key 'size'"),
+    "all classes at once": (
+        lambda n: completion(json.dumps({c: sentences(c) for c in TASK.classes})),
+        "the key 'shape' is missing",
+    ),
+    "not a string": (
+        lambda n: completion(json.dumps(sentences(n, shape=["A wedge."]))),
+        "shape: expected one sentence",
+    ),
+    "empty sentence": (lambda n: completion(json.dumps(sentences(n, texture=" "))), "texture: expected one sentence"),
+    "function": (lambda n: completion(json.dumps(sentences(n, shape="It pumps blood."))), "functional word 'pumps'"),
+    "diagnosis": (lambda n: completion(json.dumps(sentences(n, shape="A normal one."))), "diagnostic word 'normal'"),
+    "markup": (lambda n: completion(json.dumps(sentences(n, shape="A <b>wedge</b>."))), "plain text; found '<'"),
+    "too long": (lambda n: completion(json.dumps(sentences(n, shape="a " * 300))), "599 characters"),
+    "another's words": (
+        lambda n: completion(json.dumps(sentences(n, shape=sentences("liver")["shape"]))),
+        "the same sentence as class 'liver'",
+    ),
+    "side missing": (
+        lambda n: completion(json.dumps(sentences(n, location="In the retroperitoneum."))),
+        "the side 'left' is missing",
+    ),
+    "refusal": (lambda n: completion(None, message={"refusal": "I cannot help."}), "the model refused: I cannot help."),
+    "filtered": (lambda n: completion("", finish_reason="content_filter"), "content filter"),
+    "cut off": (lambda n: completion('{"shape"', finish_reason="length"), "cut off"),
+    "no content": (lambda n: completion(None), "the answer is empty"),
+    "no choice": (lambda n: {**completion(""), "choices": []}, "no chat completion"),
+    "other JSON": (lambda n: {"detail": "gateway"}, "no chat completion"),
+    "JSON list": (lambda n: [1], "no chat completion"),
+    "broken JSON": (lambda n: '{"id": "chatcm', "not valid JSON"),
+    "very long": (lambda n: completion("{" + "x" * 30_000 + "}"), "30002 characters"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_the_model_is_told_what_is_wrong_and_asked_again(endpoint, out, kind):
+    body, reason = BAD[kind]
+    endpoint.script = [good, good, lambda name: (200, body(name))]  # the third is the left kidney's
+    result = generate(endpoint, out)
+    assert result.exit_code == 0, result.output
+    assert endpoint.asked().count("left kidney") == 2 and len(endpoint.requests) == 7
+    assert reason in endpoint.requests[3]["messages"][-1]["content"]
+    assert check(drafted(out)) == []
+
+
+def test_a_page_instead_of_an_answer_is_told(endpoint, out):
+    endpoint.always["liver"] = lambda name: (200, "<html>log in</html>", {"Content-Type": "text/html"})
+    result = generate(endpoint, out, "--attempts", 2)
+    assert result.exit_code == 1 and "liver: no answer of 2 could be used" in result.output
+    assert "no chat completion" in result.output
+
+
+def test_a_class_is_given_up_after_so_many_answers_and_the_others_are_kept(endpoint, out):
+    endpoint.always["aorta"] = lambda name: (200, completion(None, message={"refusal": "No."}))
+    result = generate(endpoint, out, "--attempts", 3)
+    assert result.exit_code == 1
+    assert endpoint.asked().count("aorta") == 3 and len(endpoint.requests) == 5 + 3
+    assert "aorta: no answer of 3 could be used; the last: the model refused: No." in result.output
+    assert not out.exists(), "nothing half-finished is written"
+    endpoint.requests.clear()
+    endpoint.always.clear()
+    assert generate(endpoint, out).exit_code == 0
+    assert endpoint.asked() == ["aorta"]
+    assert check(drafted(out)) == []
+
+
+# The endpoint ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_rate_limit_is_waited_for(endpoint, out):
+    busy = (429, error("Rate limit reached", "rate_limit_exceeded"), {"Retry-After": "1"})
+    endpoint.script = [good, lambda name: busy, lambda name: busy]
+    result = generate(endpoint, out)
+    assert result.exit_code == 0, result.output
+    assert endpoint.asked()[1:4] == ["spleen"] * 3
+    gaps = [b - a for a, b in zip(endpoint.times, endpoint.times[1:], strict=False)]
+    assert min(gaps[1:3]) > 0.95, "the endpoint's own wait is kept"
+    assert max(gaps[3:]) < 0.95
+
+
+def test_a_rate_limit_that_stays_ends_the_run_and_the_next_goes_on(endpoint, out):
+    busy = (429, error("You exceeded your current quota", "insufficient_quota"), {"Retry-After": "0.01"})
+    endpoint.script = [good, good, *[lambda name: busy] * 3]
+    result = generate(endpoint, out, "--retries", 2)
+    assert result.exit_code == 1
+    assert "still over its rate limit or quota after 2 retries (You exceeded" in str(result.exception)
+    assert len(endpoint.requests) == 2 + 3 and not out.exists()
+    assert list(load_concepts(out.with_name("drafted.yaml.part")).classes) == ["liver", "spleen"]
+    endpoint.requests.clear()
+    assert generate(endpoint, out).exit_code == 0
+    assert endpoint.asked() == list(TASK.classes)[2:]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key", "reason"),
+    [
+        ([], "sk-wrong-and-secret", "the key is refused (Incorrect API key provided)"),
+        (["--model", "other"], KEY, "answers 404 (The model other does not exist)"),
+    ],
+)
+def test_what_cannot_become_better_is_asked_once(endpoint, out, arguments, key, reason):
+    result = generate(endpoint, out, *arguments, key=key)
+    assert result.exit_code == 1 and reason in str(result.exception)
+    assert len(endpoint.requests) == 1
+    assert "secret" not in result.output + str(result.exception)
+
+
+def test_errors_of_the_endpoint_and_a_cut_line_are_tried_again(endpoint, out):
+    endpoint.script = [lambda n: (503, error("overloaded", "server_error")), lambda n: None]
+    result = generate(endpoint, out)
+    assert result.exit_code == 0, result.output
+    assert endpoint.asked()[:3] == ["liver"] * 3
+
+
+def test_nobody_there(endpoint, out):
+    endpoint.http.shutdown()
+    endpoint.http.server_close()
+    result = generate(endpoint, out, "--retries", 0)
+    assert result.exit_code == 1 and "cannot be reached" in str(result.exception)
+
+
+def test_a_key_from_a_file_and_none_for_an_endpoint_of_ones_own(endpoint, out, tmp_path):
+    file = tmp_path / "key"
+    file.write_text(f"{KEY}\n")
+    assert generate(endpoint, out, "--key-file", file, key="").exit_code == 0
+    result = generate(endpoint, out, "--class", "liver", key="")
+    assert "the key is refused" in str(result.exception), "sent without a key"
+    result = CliRunner().invoke(
+        cli.app, ["concepts", "generate", "quickstart", "--model", "m", "--out", str(out)], env={"OPENAI_API_KEY": ""}
+    )
+    assert result.exit_code == 1 and "no key: set OPENAI_API_KEY" in str(result.exception)
+
+
+# What people wrote ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", ["{status: unreviewed}", "{status: reviewed, by: Dr. N. N., date: 2026-01-31}"])
+def test_what_people_wrote_or_reviewed_is_replaced_only_if_asked_and_stays(endpoint, out, status):
+    text = (ROOT / "concepts" / "quickstart.yaml").read_text().replace("{status: unreviewed}", status)
+    out.write_text(text)
+    for more in ([], ["--class", "liver"]):
+        result = generate(endpoint, out, *more)
+        assert result.exit_code == 1 and "people wrote this text" in str(result.exception)
+    assert out.read_text() == text and endpoint.requests == []
+    assert generate(endpoint, out, "--class", "liver", "--overwrite").exit_code == 0
+    assert endpoint.asked() == ["liver"]
+    concepts = load_concepts(out)
+    assert concepts.review.status == "draft", "signed text with other sentences is signed no more"
+    assert concepts.classes["liver"].sentences["shape"] == sentences("liver")["shape"]
+    assert concepts.classes["spleen"] == TASK.concepts.classes["spleen"]
+    assert concepts.classes["liver"].ambiguous == TASK.concepts.classes["liver"].ambiguous
+    assert out.with_name("drafted.yaml.bak").read_text() == text
+
+
+def test_a_draft_is_completed_and_repaired_and_one_class_drafted_anew(endpoint, out):
+    generate(endpoint, out)
+    data = yaml.safe_load(out.read_text())
+    del data["classes"]["spleen"]
+    data["classes"]["aorta"]["sentences"]["shape"] = "A normal tube."
+    out.write_text(yaml.safe_dump(data))
+    endpoint.requests.clear()
+    assert generate(endpoint, out).exit_code == 0
+    assert endpoint.asked() == ["spleen", "aorta"]
+    assert check(drafted(out)) == []
+    endpoint.requests.clear()
+    before = out.read_bytes()
+    result = generate(endpoint, out)
+    assert "every class has its sentences" in result.output and endpoint.requests == []
+    assert out.read_bytes() == before
+    assert generate(endpoint, out, "--class", "liver").exit_code == 0
+    assert endpoint.asked() == ["liver"]
+    result = generate(endpoint, out, "--class", "heart")
+    assert result.exit_code == 1 and "unknown class 'heart'; valid are liver" in str(result.exception)
+
+
+@contextmanager
+def program(endpoint, out):
+    command = [sys.executable, str(ROOT / "apps" / "bipvl" / "main.py"), "concepts", "generate", "quickstart"]
+    environment = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": endpoint.url, "OPENAI_MODEL": MODEL}
+    process = subprocess.Popen(
+        [*command, "--out", str(out)],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_killed_run_goes_on_where_it_was(endpoint, out):
+    """The real program, configured by its environment, killed while the fourth class is asked for."""
+    hanging = threading.Event()
+    endpoint.script = [good, good, good, lambda name: hanging.wait(60) and good(name)]
+    with program(endpoint, out) as process:
+        deadline = time.monotonic() + 120
+        while len(endpoint.requests) < 4 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+    hanging.set()
+    assert endpoint.asked() == list(TASK.classes)[:4] and not out.exists()
+    endpoint.requests.clear()
+    endpoint.script.clear()
+    with program(endpoint, out) as process:
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert endpoint.asked() == list(TASK.classes)[3:]
+    assert check(drafted(out)) == [] and [p for p in out.parent.iterdir() if p.suffix == ".part"] == []
