@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import resource
@@ -16,9 +15,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ROOT
+from benchmarks import ROOT, records
 
-RESULTS = ROOT / "benchmarks" / "results"
+SPEED = records.RESULTS / "speed.jsonl"
 # Threads that wait must not count as work: CPU time is reported beside wall time, because it hardly depends on what
 # else the machine does. Read when torch is imported; measuring processes inherit it.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
@@ -134,18 +133,19 @@ def machine() -> dict[str, Any]:
     }
 
 
-def saved_runs(name: str) -> list[dict[str, Any]]:
-    """The runs of a result written before; none where there is no such file."""
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
-
-
 def save(name: str, result: dict[str, Any]) -> None:
-    """Write a result with the machine's facts beside it."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"machine": machine(), **result}, indent=1) + "\n", encoding="utf-8")
-    print(f"written: {path.relative_to(ROOT)}", file=sys.stderr)
+    """Write a measurement of speed or memory, with the machine's facts, in the place of the one of this name."""
+    records.put(SPEED, {"name": name, "machine": machine(), **result})
+    print(f"written: {name} in {SPEED.relative_to(ROOT)}", file=sys.stderr)
+
+
+def save_runs(file: Path, runs: list[dict[str, Any]], **setting: Any) -> None:
+    """Write all runs of a result. The new ones get the setting that they share and the machine's facts."""
+    for run in runs:
+        if "machine" not in run:
+            run |= {**setting, **run, "machine": machine()}
+    records.write(file, runs)
+    print(f"written: {file.relative_to(ROOT)}", file=sys.stderr)
 
 
 def _program() -> list[str]:

@@ -5,7 +5,7 @@
     python -m benchmarks.accuracy ablate-text CHECKPOINT --data FOLDER            own, shuffled, names only, empty text
     python -m benchmarks.accuracy tables                                          docs/benchmarks.md and its plots
 
-A run writes one JSON file; a stopped matrix goes on where it was.
+A run writes one line of JSON; a stopped matrix goes on where it was.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 import typer
 import yaml
 
-from benchmarks import ROOT
+from benchmarks import ROOT, records
 from benchmarks.accuracy.data import Patches, Preprocessed, find_cases, split_cases
 from benchmarks.accuracy.report import (
     SECTION,
@@ -48,19 +48,18 @@ from benchmarks.accuracy.training import (
     train,
 )
 from benchmarks.documents import insert
-from lib.files import write_json
 from lib.model import checkpoints
 from lib.model.nets import BiPVLSeg
 from lib.tasks import Task
 from lib.trainers.objective import TrainingNetwork
 
-RESULTS = ROOT / "benchmarks" / "results" / "accuracy"
+RESULTS = records.RESULTS / "accuracy.jsonl"
 WORK = Path.home() / ".cache" / "bipvl-accuracy"
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 DataOption = Annotated[Path, typer.Option("--data", help="folder of the data set")]
 WorkOption = Annotated[Path, typer.Option(help="preprocessed volumes, checkpoints, claims")]
-ResultsOption = Annotated[Path, typer.Option(help="one JSON a run")]
+ResultsOption = Annotated[Path, typer.Option(help="JSON Lines, a run a line")]
 TextOption = Annotated[bool, typer.Option(help="score with other text, too")]
 PrecisionOption = Annotated[str, typer.Option(help="bf16 or float32; training only")]
 TaskOption = Annotated[str, typer.Option("--task", help="name of a shipped task")]
@@ -103,8 +102,8 @@ def execute(
     workers: int,
     results: Path,
     work: Path,
-) -> Path:
-    """Run and write the result; returns its path."""
+) -> None:
+    """Run and write the result."""
     start = time.perf_counter()
     task = spec.task_of()
     split = split_cases(find_cases(data), spec.train_patients, spec.fold)
@@ -149,22 +148,22 @@ def execute(
         "packages": {p: version(p) for p in ("torch", "monai", "transformers")},
         "curves": curves,
     }
-    path = results / f"{spec.name}.json"
     if isinstance(network, TrainingNetwork):
         manifest = {"benchmark": spec.name, "metrics": {"mean_dice": found["mean"]["mean"]["dice"]}}
         checkpoints.save(checkpoints.checkpoint_of(network.model, task, manifest), checkpoint_path(spec, work))
-        write_json(path, result)
+        records.put(results, result)
         if text:
-            add_text(path, network.model, task, held_out, volumes)
+            add_text(results, spec, network.model, task, held_out, volumes)
     else:
-        write_json(path, result)
-    return path
+        records.put(results, result)
 
 
-def add_text(path: Path, model: BiPVLSeg, task: Task, cases: list[dict[str, str]], volumes: Any) -> None:
+def add_text(results: Path, spec: Run, model: BiPVLSeg, task: Task, cases: list[dict[str, str]], volumes: Any) -> None:
     """Add to a run's result what the model does with other text; the first case of each patient shows it."""
     text = ablate_text(model, task, *first_of_each(cases, volumes))
-    write_json(path, {**json.loads(path.read_text()), "text": text})
+    run = records.find(results, spec.name)
+    assert run, "text is added to a run that is written"
+    records.put(results, {**run, "text": text})
 
 
 def checkpoint_path(spec: Run, work: Path) -> Path:
@@ -173,10 +172,10 @@ def checkpoint_path(spec: Run, work: Path) -> Path:
 
 def missing(spec: Run, results: Path, text: bool) -> str:
     """What is still to be done for a run: `run`, `text`, or nothing."""
-    path = results / f"{spec.name}.json"
-    if not path.is_file():
+    found = records.find(results, spec.name)
+    if not found:
         return "run"
-    return "text" if text and spec.model == "bipvl" and "text" not in json.loads(path.read_text()) else ""
+    return "text" if text and spec.model == "bipvl" and "text" not in found else ""
 
 
 @app.command("plan")
@@ -217,7 +216,7 @@ def plan_command(
                     model, own = checkpoints.restore_model(checkpoints.load(saved), saved)
                     test = split_cases(find_cases(data), fold=spec.fold).test
                     volumes = Preprocessed(own, test, work / "volumes", spec.field)
-                    add_text(results / f"{spec.name}.json", model.to(device), own, test, volumes)
+                    add_text(results, spec, model.to(device), own, test, volumes)
             print(f"done: {spec.name}", flush=True)
         except Exception:  # one failed run must not end the matrix
             print(f"failed: {spec.name}\n{traceback.format_exc()}", flush=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -14,6 +13,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
+from benchmarks import records
 from benchmarks.accuracy.settings import ABLATIONS, DROPPED, FEW, FORMATS, SHUFFLED, SUPERVISED, VISION_ONLY, matrix
 
 SECTION = "accuracy tables"
@@ -41,9 +41,9 @@ CURVES = (
 Result = dict[str, Any]
 
 
-def read_results(folder: Path, task: str, size: str) -> list[Result]:
+def read_results(file: Path, task: str, size: str) -> list[Result]:
     """The runs of a task and size that were scored on test cases with nothing else changed."""
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    found = sorted(records.read(file, curves=True), key=lambda run: run["name"])
     return [
         r
         for r in found

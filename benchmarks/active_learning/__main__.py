@@ -10,7 +10,6 @@ writes one JSON file; what was stopped goes on where it was, and several process
 
 from __future__ import annotations
 
-import contextlib
 import json
 import random
 import time
@@ -26,7 +25,7 @@ import torch
 import typer
 import yaml
 
-from benchmarks import ROOT
+from benchmarks import ROOT, records
 from benchmarks.accuracy.__main__ import claim, commit, hardware
 from benchmarks.accuracy.data import Patches, Preprocessed, Split, find_cases, split_cases
 from benchmarks.accuracy.settings import Run
@@ -34,7 +33,7 @@ from benchmarks.accuracy.training import build_network, optimizer_of, segment
 from benchmarks.active_learning.report import SECTION, plot, read_results, tables
 from benchmarks.documents import insert
 from lib.activelearning.ranking import RANKINGS, choose
-from lib.files import write_atomic, write_json
+from lib.files import write_atomic
 from lib.scoring.cache import CaseScores
 from lib.scoring.forward import score_case
 from lib.tasks import Task
@@ -44,7 +43,7 @@ from lib.volumes.metrics import dice_of_classes
 from lib.volumes.reading import align_label, read_volume
 from lib.volumes.transforms import decode
 
-RESULTS = ROOT / "benchmarks" / "results" / "active-learning"
+RESULTS = records.RESULTS / "active-learning.jsonl"
 WORK = Path.home() / ".cache" / "bipvl-accuracy"
 DOCUMENT = ROOT / "docs" / "active-learning.md"
 PLOT = ROOT / "docs" / "images" / "active-learning.png"
@@ -181,18 +180,18 @@ def _values(label: torch.Tensor, task: Task) -> np.ndarray:
 def first_round(spec: Simulation, bench: Bench, results: Path, work: Path) -> tuple[TrainingNetwork, dict[str, Any]]:
     """Network and record of the first round of a seed, trained where that has not been done."""
     own = replace(spec, strategy=FIRST, rounds=0)
-    path, weights = results / f"{own.name}.json", work / "active-learning" / f"{own.name}.pt"
+    saved, weights = records.find(results, own.name), work / "active-learning" / f"{own.name}.pt"
     network = build_network(own.network, bench.task)
     assert isinstance(network, TrainingNetwork)
-    if path.is_file() and weights.is_file() and json.loads(path.read_text())["run"] == own.to_dict():
+    if saved and weights.is_file() and saved["run"] == own.to_dict():
         network.load_state_dict(torch.load(weights, weights_only=True))
-        return network, json.loads(path.read_text())
+        return network, saved
     patients = sorted(bench.cases)
     random.Random(f"first {spec.seed}").shuffle(patients)
     found = one_round(network, bench, patients[: spec.start], spec.first_steps, spec.seed * 1000)
     write_atomic(weights, lambda file: torch.save(network.state_dict(), file))
     result = {"run": own.to_dict(), "name": own.name, "rounds": [found], **facts()}
-    write_json(path, result)
+    records.put(results, result)
     return network, result
 
 
@@ -233,7 +232,7 @@ def execute(spec: Simulation, bench: Bench, results: Path, work: Path) -> None:
         labelled += rounds[-1]["chosen"]
         rounds.append(one_round(network, bench, labelled, spec.steps, spec.seed * 1000 + number))
         print(f"{spec.name}: {len(labelled)} patients, Dice {rounds[-1]['dice']}", flush=True)
-    write_json(results / f"{spec.name}.json", {"run": spec.to_dict(), "name": spec.name, "rounds": rounds, **facts()})
+    records.put(results, {"run": spec.to_dict(), "name": spec.name, "rounds": rounds, **facts()})
 
 
 def facts() -> dict[str, Any]:
@@ -255,7 +254,7 @@ def run_command(
     first_steps: Annotated[int, typer.Option(help="training steps of the first round")] = Simulation.first_steps,
     steps: Annotated[int, typer.Option(help="training steps of every later round")] = Simulation.steps,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value of the task")] = None,
-    results: Annotated[Path, typer.Option(help="one JSON a run")] = RESULTS,
+    results: Annotated[Path, typer.Option(help="JSON Lines, a run a line")] = RESULTS,
     work: Annotated[Path, typer.Option(help="preprocessed volumes, first rounds, claims")] = WORK,
     document: Annotated[Path | None, typer.Option(help="where the tables go")] = DOCUMENT,
     image: Annotated[Path, typer.Option(help="the plot")] = PLOT,
@@ -266,8 +265,7 @@ def run_command(
     for seed in range(seeds):
         for strategy in strategies.split(","):
             spec = Simulation(strategy, seed, task, head, size, start, add, rounds, first_steps, steps, pairs)
-            path = results / f"{spec.name}.json"
-            if done(path, spec) or not claim(work / "claims" / f"active-learning-{spec.name}"):
+            if done(results, spec) or not claim(work / "claims" / f"active-learning-{spec.name}"):
                 continue
             try:
                 bench = bench or Bench(spec, data, work)
@@ -282,18 +280,16 @@ def run_command(
         tables_command(task, size, head, results, document, image)
 
 
-def done(path: Path, spec: Simulation) -> bool:
+def done(results: Path, spec: Simulation) -> bool:
     """Whether a run's result is there, and of the same settings.
 
     Raises:
         ValueError: of other settings, which must not be mixed in one table.
     """
-    with contextlib.suppress(FileNotFoundError):
-        found = json.loads(path.read_text())["run"]
-        if found != json.loads(json.dumps(spec.to_dict())):
-            raise ValueError(f"{path}: a run with other settings; move it away, or name another --results")
-        return True
-    return False
+    found = records.find(results, spec.name)
+    if found and found["run"] != json.loads(json.dumps(spec.to_dict())):
+        raise ValueError(f"{results}: {spec.name} ran with other settings; remove its line, or name another --results")
+    return found is not None
 
 
 @app.command("tables")
@@ -301,7 +297,7 @@ def tables_command(
     task: str = Simulation.task,
     size: str = Simulation.size,
     head: str = Simulation.head,
-    results: Annotated[Path, typer.Option(help="one JSON a run")] = RESULTS,
+    results: Annotated[Path, typer.Option(help="JSON Lines, a run a line")] = RESULTS,
     document: Annotated[Path | None, typer.Option(help="where the tables go")] = DOCUMENT,
     image: Annotated[Path, typer.Option(help="the plot")] = PLOT,
 ) -> None:

@@ -17,6 +17,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy.stats import spearmanr
 
+from benchmarks import records
+
 SECTION = "active-learning tables"
 ORDER = ("random", "first", "uncertainty", "alignment", "diverse", "combined")
 COLOURS = {
@@ -30,9 +32,9 @@ COLOURS = {
 Result = dict[str, Any]
 
 
-def read_results(folder: Path, task: str, size: str, head: str) -> list[Result]:
+def read_results(file: Path, task: str, size: str, head: str) -> list[Result]:
     """The finished runs of a task, size and head; first rounds alone are no runs."""
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    found = sorted(records.read(file), key=lambda run: run["name"])
     same = [r for r in found if (r["run"]["task"], r["run"]["size"], r["run"]["head"]) == (task, size, head)]
     return [r for r in same if r["run"]["strategy"] in ORDER]
 

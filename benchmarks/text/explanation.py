@@ -23,10 +23,10 @@ import typer
 from scipy.stats import rankdata
 from torch import Tensor
 
-from benchmarks import ROOT
+from benchmarks import ROOT, records
 from benchmarks.accuracy.data import Preprocessed, find_cases, split_cases
 from benchmarks.accuracy.settings import FIELDS
-from benchmarks.common import RESULTS, save, saved_runs
+from benchmarks.common import save_runs
 from benchmarks.documents import insert
 from benchmarks.text.injected import errors, painted
 from lib.infers.explain import agreement
@@ -35,6 +35,7 @@ from lib.model.nets import BiPVLSeg
 from lib.model.predict import Prediction, predict
 from lib.tasks import Task
 
+RESULTS = records.RESULTS / "explanation.jsonl"
 DOCUMENT = ROOT / "docs" / "explanation.md"
 WORK = Path.home() / ".cache" / "bipvl-accuracy"
 LEAST = 20  # voxels of a mask that is used
@@ -78,15 +79,14 @@ def run_command(
                 score_case(model, task, image, label, found, i if chosen(part, i, every) else None)
             run[part] = {name: summed(scored) for name, scored in found.items() if scored}
             print(file.stem, part, json.dumps(run[part]), file=sys.stderr, flush=True)
-        kept = [r for r in saved_runs("explanation") if r["checkpoint"] != file.stem]
-        save("explanation", {"task": task.name, "runs": [*kept, run]})
+        kept = [r for r in records.read(RESULTS) if r["checkpoint"] != file.stem]
+        save_runs(RESULTS, [*kept, run], task=task.name)
 
 
 @app.command("tables")
 def tables_command() -> None:
     """Write the tables into the document."""
-    runs = json.loads((RESULTS / "explanation.json").read_text())["runs"]
-    insert(DOCUMENT, "explanation", "\n".join(tables(runs)))
+    insert(DOCUMENT, "explanation", "\n".join(tables(records.read(RESULTS))))
 
 
 def chosen(part: str, i: int, every: int) -> bool:

@@ -22,9 +22,9 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks import ROOT
+from benchmarks import ROOT, records
 from benchmarks.accuracy.data import Preprocessed, find_cases, split_cases
-from benchmarks.common import RESULTS, save, saved_runs
+from benchmarks.common import save_runs
 from benchmarks.documents import insert
 from benchmarks.text import laterality
 from lib.model import checkpoints
@@ -59,7 +59,7 @@ def phantom_command(seeds: int = 3, steps: int = 100, cases: int = 16) -> None:
                 found = moves(task, patches(model, image), label[:, 0].long())
                 runs.append({"head": head, "wording": wording, "seed": seed, **found})
                 print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
-                save("text-moves-phantom", {"steps": steps, "cases": cases, "runs": runs})
+                save_runs(results("phantom"), runs, steps=steps, cases=cases)
 
 
 @app.command("scans")
@@ -71,7 +71,7 @@ def scans_command(
     work: Annotated[Path, typer.Option(help="preprocessed volumes")] = WORK,
 ) -> None:
     """Ask trained versions for the first frame of test patients; results of other files in the JSON stay."""
-    runs = [r for r in saved_runs("text-moves-scans") if r["checkpoint"] not in {file.stem for file in files}]
+    runs = [r for r in records.read(results("scans")) if r["checkpoint"] not in {file.stem for file in files}]
     for file in files:
         model, task = checkpoints.restore_model(checkpoints.load(file), file)
         held_out = split_cases(find_cases(data)).test
@@ -82,7 +82,7 @@ def scans_command(
         varied = task.training.mirror > 0 or task.training.drop_concepts > 0
         runs.append({"head": task.model.head, "varied": varied, "checkpoint": file.stem, **found})
         print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
-        save("text-moves-scans", {"task": task.name, "patients": len(firsts), "runs": runs})
+        save_runs(results("scans"), runs, task=task.name, patients=len(firsts))
 
 
 @app.command("tables")
@@ -90,10 +90,14 @@ def tables_command() -> None:
     """Write the tables of both into the document."""
     text = []
     for name, title in (("phantom", "Phantom of left and right"), ("scans", "Cardiac MR")):
-        path = RESULTS / f"text-moves-{name}.json"
-        if path.is_file():
-            text += [f"### {title}\n", table(json.loads(path.read_text())["runs"])]
+        if runs := records.read(results(name)):
+            text += [f"### {title}\n", table(runs)]
     insert(DOCUMENT, "text-moves", "\n".join(text))
+
+
+def results(name: str) -> Path:
+    """Where the runs of the phantom or of the scans are."""
+    return records.RESULTS / f"text-moves-{name}.jsonl"
 
 
 # Requests -------------------------------------------------------------------------------------------------------------

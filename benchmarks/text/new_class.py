@@ -26,10 +26,11 @@ import typer
 from monai.utils import set_determinism
 from torch import Tensor
 
+from benchmarks import records
 from benchmarks.accuracy.data import Patches, Preprocessed, Split, find_cases, split_cases
 from benchmarks.accuracy.settings import ABDOMEN, FIELDS, SMALL
 from benchmarks.accuracy.training import train
-from benchmarks.common import RESULTS, save, saved_runs
+from benchmarks.common import save_runs
 from benchmarks.documents import insert
 from benchmarks.text.moves import DOCUMENT, dice
 from lib.model import checkpoints
@@ -41,6 +42,7 @@ from lib.volumes.phantoms.studies import write_studies
 
 WORK = Path.home() / ".cache" / "bipvl-accuracy"
 NAME = "new-class"
+RESULTS = records.RESULTS / f"{NAME}.jsonl"
 SHOTS = (1, 3, 5)
 # Sizes, what the networks see of a volume, and a class to hold out.
 TASKS: dict[str, tuple[dict[str, Any], tuple[float, float] | None, str]] = {
@@ -74,7 +76,7 @@ def run_command(
     if not data and task != "quickstart":
         raise typer.BadParameter(f"--task {task} needs --data FOLDER: generated phantoms have the labels of quickstart")
     settings, field, usual = TASKS[task]
-    runs = saved_runs(NAME)
+    runs = records.read(RESULTS)
     split = split_cases(find_cases(data), fold=fold) if data else phantoms(work / "phantoms")
     full = load_task(task, settings)
     training, test = (
@@ -90,7 +92,7 @@ def run_command(
                 known = load_task(task, {**settings, "model.head": head})
                 counts = {"training": len(training), "test": len(test), "steps": steps, "more": more}
                 runs.append({**key, **counts, **one(known, name, training, test, seed, steps, more, mix)})
-                save(NAME, {"runs": runs})
+                save_runs(RESULTS, runs)
 
 
 def phantoms(folder: Path) -> Split:
@@ -107,7 +109,7 @@ def phantoms(folder: Path) -> Split:
 @app.command("tables")
 def tables_command() -> None:
     """Write the table into the document."""
-    insert(DOCUMENT, NAME, table(json.loads((RESULTS / f"{NAME}.json").read_text())["runs"]))
+    insert(DOCUMENT, NAME, table(records.read(RESULTS)))
 
 
 def one(

@@ -21,9 +21,10 @@ import torch
 import typer
 from monai.utils import set_determinism
 
+from benchmarks import records
 from benchmarks.accuracy.data import Patches, Preprocessed, find_cases, split_cases
 from benchmarks.accuracy.settings import ABDOMEN, FIELDS, SMALL
-from benchmarks.common import RESULTS, save, saved_runs
+from benchmarks.common import save_runs
 from benchmarks.documents import insert
 from benchmarks.text.moves import DOCUMENT, WORK
 from benchmarks.text.new_class import Case, first_of_patients, score
@@ -35,6 +36,7 @@ from lib.trainers.objective import TrainingNetwork
 from lib.trainers.recipe import build_schedule, descend
 
 NAME = "two-tasks"
+RESULTS = records.RESULTS / f"{NAME}.jsonl"
 HEART, ABDOMINAL = "acdc-mr", "amos22-ct"
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -50,7 +52,7 @@ def run_command(
     work: Annotated[Path, typer.Option(help="preprocessed volumes, checkpoints")] = WORK,
 ) -> None:
     """Train alone and together, and score."""
-    runs = saved_runs(NAME)
+    runs = records.read(RESULTS)
     tasks = [load_task(HEART, {**SMALL, "model.head": "text"}), load_task(ABDOMINAL, {**ABDOMEN, "model.head": "text"})]
     splits = [split_cases(find_cases(heart)), split_cases(find_cases(abdomen), fold=fold)]
     fields = [FIELDS["small"], None]
@@ -73,13 +75,13 @@ def run_command(
             runs.append({**key, "dice": dice, "dice_trained_on": trained})
             print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
             counts = {t.name: [len(a), len(b)] for t, a, b in zip(tasks, training, test, strict=True)}
-            save(NAME, {"training_and_test_cases": counts, "runs": runs})
+            save_runs(RESULTS, runs, training_and_test_cases=counts)
 
 
 @app.command("tables")
 def tables_command() -> None:
     """Write the table into the document."""
-    insert(DOCUMENT, NAME, table(json.loads((RESULTS / f"{NAME}.json").read_text())["runs"]))
+    insert(DOCUMENT, NAME, table(records.read(RESULTS)))
 
 
 def learn(

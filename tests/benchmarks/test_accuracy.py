@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks import records
 from benchmarks.accuracy import report, training
 from benchmarks.accuracy.__main__ import claim, execute, missing  # noqa: E402
 from benchmarks.accuracy.data import Patches, Preprocessed, find_cases, split_cases  # noqa: E402
@@ -168,8 +168,9 @@ def test_the_papers_protocol_runs_on_a_data_set_of_another_task(tmp_path: Path, 
     small["model.scratch"] = {"layers": 4, "width": 16, "heads": 2}
     run = Run("amos22-ct", model, head, size="paper", fold=1, overrides=tuple(sorted(small.items())))
     work, device = tmp_path / "work", torch.device("cpu")
-    path = execute(run, tmp_path / "data", "test", True, "float32", device, 0, tmp_path / "results", work)
-    result = json.loads(path.read_text())
+    execute(run, tmp_path / "data", "test", True, "float32", device, 0, tmp_path / "results.jsonl", work)
+    (result,) = records.read(tmp_path / "results.jsonl", curves=True)
+    assert len(result["curves"]["loss"]) == len(result["curves"]["step"]) > 0
     assert result["steps"] == 2  # one epoch over the other two thirds
     assert set(result["scores"]) == {*run.task_of().classes, "mean"}
     assert ("text" in result) == (model == "bipvl")
@@ -211,13 +212,14 @@ def test_late_fusion_is_the_last_stage_only() -> None:
 
 def test_a_text_ablation_that_was_cut_off_is_still_to_be_done(tmp_path: Path) -> None:
     run, plain = Run("acdc-mr", "bipvl"), Run("acdc-mr", "unet")
-    assert missing(run, tmp_path, text=True) == "run"
+    results = tmp_path / "results.jsonl"
+    assert missing(run, results, text=True) == "run"
     for each in (run, plain):
-        (tmp_path / f"{each.name}.json").write_text("{}")
-    assert missing(run, tmp_path, text=True) == "text"
-    assert missing(run, tmp_path, text=False) == missing(plain, tmp_path, text=True) == ""
-    (tmp_path / f"{run.name}.json").write_text('{"text": []}')
-    assert missing(run, tmp_path, text=True) == ""
+        records.put(results, {"name": each.name})
+    assert missing(run, results, text=True) == "text"
+    assert missing(run, results, text=False) == missing(plain, results, text=True) == ""
+    records.put(results, {"name": run.name, "text": []})
+    assert missing(run, results, text=True) == ""
 
 
 def test_a_run_is_claimed_once_and_freed_by_the_death_of_its_process(tmp_path: Path) -> None:
@@ -243,8 +245,8 @@ def _result(model: str, seed: int, dice: float, **more: object) -> dict:
 def test_tables_show_mean_and_spread_and_what_is_missing(tmp_path: Path) -> None:
     results = [_result("swin_unetr", s, d) for s, d in ((0, 0.7), (1, 0.8))] + [_result("bipvl-text", 0, 0.6)]
     for result in results:
-        (tmp_path / f"{result['name']}.json").write_text(json.dumps(result))
-    text = report.tables(report.read_results(tmp_path, "acdc-mr", "small"), "acdc-mr", "small")
+        records.put(tmp_path / "results.jsonl", result)
+    text = report.tables(report.read_results(tmp_path / "results.jsonl", "acdc-mr", "small"), "acdc-mr", "small")
     assert "| Swin UNETR | 2 | 75.0 ± 7.1 | 10.0 ± 0.0 | 50.0 ± 0.0 | 75.0 ± 7.1 |" in text
     assert "| BiPVL-Seg, text head | 1 | 60.0 | 30.0 | 60.0 | - | - |" in text
     assert "3 of 66 runs of the matrix are done" in text
@@ -256,4 +258,4 @@ def test_tables_show_mean_and_spread_and_what_is_missing(tmp_path: Path) -> None
     insert(document, report.SECTION, text)
     assert document.read_text() == f"before\n{begin}\n\n{text}\n\n{end}\nafter\n"
     with pytest.raises(ValueError, match="expected one line"):
-        insert(tmp_path / f"{results[0]['name']}.json", report.SECTION, text)
+        insert(tmp_path / "results.jsonl", report.SECTION, text)

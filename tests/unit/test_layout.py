@@ -1,0 +1,145 @@
+"""The house rules that a reader relies on: imports run one way, private names stay at home, rooms stay small."""
+
+from __future__ import annotations
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+from support import ROOT
+
+APP = ROOT / "apps" / "bipvl"
+# Each package may import those after it.
+ORDER = (
+    ("main",),
+    ("lib.app",),
+    ("lib.activelearning",),
+    ("lib.scoring",),
+    ("lib.infers", "lib.trainers"),
+    ("lib.model",),
+    ("lib.stores",),
+    ("lib.volumes",),
+    ("lib.tasks",),
+    ("lib.files", "lib.upstream"),
+)
+
+
+def module_of(path: Path) -> str:
+    """The name that a file of the app is imported by."""
+    parts = path.relative_to(APP).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = {module_of(path): path for path in sorted(APP.rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in SOURCES.items()}
+
+
+def imported(tree: ast.AST) -> list[tuple[str, str | None]]:
+    """(module, name) of every import of ours; a whole module has no name."""
+    found: list[tuple[str, str | None]] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, None) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                found.append((whole, None) if whole in SOURCES else (node.module, alias.name))
+    return [(module, name) for module, name in found if module == "main" or module.split(".")[0] == "lib"]
+
+
+def package_of(module: str) -> str:
+    """The room below lib/ that a module is in."""
+    return ".".join(module.split(".")[:2])
+
+
+def test_imports_run_one_way() -> None:
+    rank = {name: number for number, names in enumerate(ORDER) for name in names}
+    strangers = {package_of(module) for module in SOURCES} - rank.keys() - {"lib"}
+    assert not strangers, f"a new package needs its place in ORDER: {strangers}"
+    wrong = [
+        f"{module} imports {other}"
+        for module, tree in TREES.items()
+        for other, _ in imported(tree)
+        if package_of(other) != package_of(module) and rank[package_of(other)] <= rank[package_of(module)]
+    ]
+    assert not wrong
+
+
+def test_modules_import_each_other_in_no_circle() -> None:
+    graph = {
+        module: {other for other, _ in imported(tree) if other in SOURCES and other != module}
+        for module, tree in TREES.items()
+        if SOURCES[module].name != "__init__.py"  # these only name what is in their room
+    }
+    graph = {module: others & graph.keys() for module, others in graph.items()}
+    assert len(list(TopologicalSorter(graph).static_order())) == len(graph)  # raises CycleError
+
+
+def private_uses(module: str, tree: ast.AST) -> list[str]:
+    """Names with a leading underscore that a module takes from another package of ours."""
+    found = [
+        f"{module}: {other}.{name}"
+        for other, name in imported(tree)
+        if package_of(other) != package_of(module) and (name or other.split(".")[-1]).startswith("_")
+    ]
+    modules = {  # names that stand for a whole module of another package
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module
+        for alias in node.names
+        if f"{node.module}.{alias.name}" in SOURCES and package_of(f"{node.module}.{alias.name}") != package_of(module)
+    }
+    found += [
+        f"{module}: {node.value.id}.{node.attr}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id in modules
+        and node.attr.startswith("_")
+    ]
+    return found
+
+
+def test_private_names_stay_in_their_package() -> None:
+    trees = dict(TREES)
+    for path in sorted((ROOT / "benchmarks").rglob("*.py")):
+        trees[".".join(path.relative_to(ROOT).with_suffix("").parts)] = ast.parse(path.read_text(encoding="utf-8"))
+    assert not [use for module, tree in trees.items() for use in private_uses(module, tree)]
+
+
+@pytest.mark.parametrize(
+    ("source", "uses"),
+    [
+        ("from lib.model.predict import _Windows", 1),
+        ("from lib.model import predict\npredict._Windows", 1),
+        ("from lib.model import predict\npredict.predict", 0),
+        ("from lib.tasks.loading import _read_yaml", 0),  # of its own package
+    ],
+)
+def test_a_private_name_is_noticed(source: str, uses: int) -> None:
+    assert len(private_uses("lib.tasks.schema", ast.parse(source))) == uses
+
+
+def test_tasks_know_neither_torch_nor_monailabel() -> None:
+    heavy = {"torch", "monai", "monailabel", "transformers"}
+    for module in SOURCES:
+        if package_of(module) in {"lib.tasks", "lib.files"}:
+            roots = {
+                name.split(".")[0]
+                for node in ast.walk(TREES[module])
+                for name in (
+                    [alias.name for alias in node.names]
+                    if isinstance(node, ast.Import)
+                    else [node.module or ""]
+                    if isinstance(node, ast.ImportFrom)
+                    else []
+                )
+            }
+            assert not roots & heavy, module
+
+
+def test_main_only_imports() -> None:
+    """MONAI Label loads the file; what it does is in `lib.app`."""
+    assert len(SOURCES["main"].read_text(encoding="utf-8").splitlines()) <= 15
