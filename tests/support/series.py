@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.stores.dicom.series import read_headers
 from lib.tasks import load_task
+from lib.volumes.series import read_headers
 from support.archive import Archive
 from support.dicoms import dcmqi_seg, make_series
 from support.training import SMALL

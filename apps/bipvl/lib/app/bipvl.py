@@ -28,11 +28,11 @@ from lib.scoring import CaseScoring, scoring_methods
 from lib.scoring.background import METHOD, Background
 from lib.scoring.methods import SERVER
 from lib.scoring.turns import Turns
-from lib.stores.dicom.series import SeriesError
 from lib.stores.dicom.store import DicomStore
 from lib.stores.local import FINAL, UNCERTAINTY, LocalStore
 from lib.tasks import Task, TaskError, load_task
 from lib.trainers import BiPVLTrain
+from lib.volumes.series import SeriesError
 
 logger = logging.getLogger(__name__)
 

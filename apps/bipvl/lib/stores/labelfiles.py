@@ -19,6 +19,7 @@ from lib.stores.cases import SUFFIXES, image_id, newest, volumes
 from lib.stores.document import Infos, Record, digest, link_or_copy, stage, stage_copy, sync_folder
 from lib.stores.errors import ReadOnlyError, StoreError
 from lib.stores.uploads.checks import suffix_of
+from lib.volumes.series import SeriesError
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +172,7 @@ class LabelFiles:
         except (OSError, ReadOnlyError) as error:
             note = f"the file could not be kept: {error}"
         logger.warning("Label of image %s by %s refused: %s (%s)", case, user or "unknown", reason, note)
-        kind = type(reason) if isinstance(reason, StoreError) else StoreError
+        kind = type(reason) if isinstance(reason, (StoreError, SeriesError)) else StoreError
         raise kind(f"{reason}; {note}") from reason
 
     def _own_folder(self, folder: Path) -> Path:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from lib.stores.cases import audit
-from lib.stores.dicom.series import SeriesError
 from lib.stores.dicom.store import DicomStore
 from lib.stores.errors import ConflictError, NotInStoreError, StoreError
+from lib.volumes.series import SeriesError
 from support.archive import Archive, needs_orthanc
 from support.dicoms import make_series
 from support.drawn import history, rejected

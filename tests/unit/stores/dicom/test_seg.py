@@ -15,9 +15,9 @@ from pydicom.dataset import Dataset
 
 from lib.stores.dicom.listing import created, description, newest_first
 from lib.stores.dicom.seg import MadeBy, read_seg, segment_labels, write_seg
-from lib.stores.dicom.series import SeriesError, Volume, read_headers, volume_of
 from lib.stores.errors import StoreError
 from lib.tasks import Task, list_tasks, load_task
+from lib.volumes.series import SeriesError, Volume, read_headers, volume_of
 from support.dicoms import dcmqi_seg, iod_errors, make_series, needs_dciodvfy
 from support.helpers import concepts, label, tiny_task
 

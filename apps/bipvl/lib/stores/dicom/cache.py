@@ -16,7 +16,7 @@ from pathlib import Path
 from pydicom import dcmread
 
 from lib.stores.dicom.archive import Archive, SeriesEntry
-from lib.stores.dicom.series import SeriesError, Volume, read_headers, volume_of, write_nifti
+from lib.volumes.series import SeriesError, Volume, read_headers, volume_of, write_nifti
 
 logger = logging.getLogger(__name__)
 

@@ -12,11 +12,11 @@ from pydicom import dcmread
 from pydicom.errors import InvalidDicomError
 
 from lib.stores.dicom.seg import Segments, read_seg, referenced_series
-from lib.stores.dicom.series import Volume
 from lib.stores.errors import StoreError
 from lib.stores.uploads.checks import check_label_file
 from lib.stores.uploads.names import label_of, task_for, task_named, whole_numbers
 from lib.tasks import Task
+from lib.volumes.series import Volume
 
 logger = logging.getLogger(__name__)
 

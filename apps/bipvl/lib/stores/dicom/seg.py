@@ -22,9 +22,9 @@ from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence as Items
 from skimage.color import rgb2lab
 
-from lib.stores.dicom.series import LPS_TO_RAS, SeriesError, Volume
 from lib.stores.errors import StoreError
 from lib.tasks import Label, Task
+from lib.volumes.series import LPS_TO_RAS, SeriesError, Volume
 
 logging.getLogger("highdicom").setLevel(logging.WARNING)  # a line for every module of every SEG
 warnings.filterwarnings("ignore", "The string .* is unlikely to represent the intended person name")

@@ -30,7 +30,6 @@ from lib.stores.dicom.labels import by_name, modalities, task_of, task_of_seg, u
 from lib.stores.dicom.listing import Listings, Segmentation, description
 from lib.stores.dicom.proposals import Proposals
 from lib.stores.dicom.seg import MadeBy, read_seg, write_seg
-from lib.stores.dicom.series import Volume
 from lib.stores.errors import ConflictError, NotInStoreError, StoreError
 from lib.stores.labelfiles import check_tag, keep_copy
 from lib.stores.local import FINAL, LocalStore
@@ -40,6 +39,7 @@ from lib.stores.uploads.numbering import segment_names
 from lib.tasks import Task
 from lib.volumes.masks import write_mask
 from lib.volumes.reading import read_header
+from lib.volumes.series import SeriesError, Volume
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ class DicomStore(LocalStore):
                 image = self._image(uid)
             except ArchiveError:
                 raise
-            except StoreError as error:
+            except (StoreError, SeriesError) as error:
                 logger.warning("The label of %s is left out: %s", uid, error)
                 continue
             made = dict(make_case(uid, image, label, info.get("annotated")))
@@ -263,7 +263,10 @@ class DicomStore(LocalStore):
             volume = self._cache.volume(self._entry(image_id))
             voxels = voxels_of(mask, volume, self._cache.path(image_id), image_id)
             self._proposals.add(image_id, task, version, voxels)
-        except StoreError as error:  # the archive went down meanwhile: the mask is worth more than the note
+        except (
+            StoreError,
+            SeriesError,
+        ) as error:  # the archive went down meanwhile: the mask is worth more than the note
             logger.warning("The mask of %s will count as drawn by hand: %s", image_id, error)
 
     def as_seg(self, image_id: str, model: str, version: int, mask: Path) -> Dataset:

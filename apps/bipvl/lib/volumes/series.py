@@ -17,8 +17,6 @@ import SimpleITK as sitk
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 
-from lib.stores.errors import StoreError
-
 REQUIRED = (
     *("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "Rows", "Columns"),
     *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"),
@@ -29,8 +27,10 @@ TILT = 0.1  # voxels that the last slice may be shifted within its plane against
 ANGLE = 1e-3  # largest difference of a direction cosine between slices
 
 
-class SeriesError(StoreError):
-    """A series that is no volume; the message says why."""
+class SeriesError(ValueError):
+    """A series that is not a volume; the message says why, `status` is the HTTP status of an answer that tells it."""
+
+    status = 400
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pydicom
 import pytest
 import SimpleITK as sitk
 
-from lib.stores.dicom.series import SeriesError, Volume, read_headers, volume_of, write_nifti
+from lib.volumes.series import SeriesError, Volume, read_headers, volume_of, write_nifti
 from support.dicoms import AXIAL, make_series, with_uids
 
 OBLIQUE = (0.8, 0.6, 0.0, -0.48, 0.64, 0.6)
