@@ -3,7 +3,7 @@
     python -m benchmarks.accuracy run --task acdc-mr --data FOLDER --model bipvl --head fixed --seed 0
     python -m benchmarks.accuracy plan --task acdc-mr --data FOLDER --execute     all runs not yet there
     python -m benchmarks.accuracy ablate-text CHECKPOINT --data FOLDER            own, shuffled, names only, empty text
-    python -m benchmarks.accuracy tables                                          docs/benchmarks.md and its plots
+    python -m benchmarks.accuracy tables                                          docs/research/accuracy.md, its plots
 
 A run writes one line of JSON; a stopped matrix goes on where it was.
 """

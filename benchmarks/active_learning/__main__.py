@@ -1,7 +1,7 @@
 """Active learning, simulated: which cases to label next, on a data set whose labels are all known.
 
     python -m benchmarks.active_learning run --data FOLDER        all runs not yet there, then the tables and the plot
-    python -m benchmarks.active_learning tables                   docs/active-learning.md and its plot
+    python -m benchmarks.active_learning tables                   docs/using/next-case.md and its plot
 
 A run is one strategy with one seed: a few labelled patients, a training round, the strategy's choice of the next
 patients, a round that goes on from the one before, and so on. All strategies of a seed share the first round. A run
@@ -45,8 +45,8 @@ from lib.volumes.transforms import decode
 
 RESULTS = records.RESULTS / "active-learning.jsonl"
 WORK = Path.home() / ".cache" / "bipvl-accuracy"
-DOCUMENT = ROOT / "docs" / "active-learning.md"
-PLOT = ROOT / "docs" / "images" / "active-learning.png"
+DOCUMENT = ROOT / "docs" / "using" / "next-case.md"
+PLOT = ROOT / "docs" / "images" / "plots" / "active-learning.png"
 FIRST = "first-round"  # what all strategies of a seed begin with
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)

@@ -4,7 +4,7 @@
     python -m benchmarks.speed.scaling --device cuda --feature-size 48 --patch 96
 
 One curve varies one thing and leaves the others at their middle; BiPVL-Seg and MONAI's Swin UNETR of the same size take
-turns. Writes benchmarks/results/scaling-<device>.json and docs/images/scaling.png.
+turns. Writes the rows `scaling` of benchmarks/results/speed.jsonl and docs/images/plots/scaling.png.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lib.model.nets.text import Sentences
 from lib.model.predict import predict
 from lib.tasks import Task
 
-IMAGE = ROOT / "docs" / "images" / "scaling.png"
+IMAGE = ROOT / "docs" / "images" / "plots" / "scaling.png"
 TWINS = {"stock": "Swin UNETR", "ours": "BiPVL-Seg"}
 # In patches a side, in which the volume's size is counted.
 SIZES, OVERLAPS, BATCHES, SENTENCES = (1.0, 1.5, 2.0), (0.0, 0.25, 0.5, 0.75), (1, 2, 4), (15, 30, 90, 360)

@@ -1,7 +1,7 @@
 """Is the agreement of a mask with its class's text a warning? Injected errors against faultless cases.
 
     python -m benchmarks.text.explanation run FILE... --data FOLDER     checkpoints of accuracy.py
-    python -m benchmarks.text.explanation tables                        the section of docs/explanation.md
+    python -m benchmarks.text.explanation tables                        the section of docs/research/explanation.md
 
 Two readings, both on real images with masks drawn by hand. "masks": the image is as it is, one organ's mask is shifted,
 grown or mirrored. "images": the organ itself is shifted, grown or mirrored in the image, and the model judges its own
@@ -36,7 +36,7 @@ from lib.model.predict import Prediction, predict
 from lib.tasks import Task
 
 RESULTS = records.RESULTS / "explanation.jsonl"
-DOCUMENT = ROOT / "docs" / "explanation.md"
+DOCUMENT = ROOT / "docs" / "research" / "explanation.md"
 WORK = Path.home() / ".cache" / "bipvl-accuracy"
 LEAST = 20  # voxels of a mask that is used
 IN_IMAGES = ("shift 9 mm", "shift 15 mm", "growth 6 mm", "growth 9 mm", "mirror in image", "mirror in box")

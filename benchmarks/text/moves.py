@@ -2,7 +2,7 @@
 
     python -m benchmarks.text.moves phantom                     trains both heads on a phantom of left and right
     python -m benchmarks.text.moves scans FILE... --data FOLDER checkpoints of accuracy.py on test patients
-    python -m benchmarks.text.moves tables                      the section of docs/text.md
+    python -m benchmarks.text.moves tables                      the section of docs/research/text.md
 
 Each request is compared with the standard one, class by class, on the network's grid: Dice of the mask with its own
 mask of before ("stays": 1 where the text moved nothing), and with that of the class whose words or sentences it got
@@ -41,7 +41,7 @@ PAIRS: dict[str, list[tuple[str, str]]] = {
     "dark and white": [("dark", "white")],
 }
 WORK = Path.home() / ".cache" / "bipvl-accuracy"
-DOCUMENT = ROOT / "docs" / "text.md"
+DOCUMENT = ROOT / "docs" / "research" / "text.md"
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 

@@ -3,7 +3,7 @@
     python -m benchmarks.text.new_class run --data FOLDER      trains, adapts and scores; goes on where it was stopped
     python -m benchmarks.text.new_class run --task amos22-ct --data FOLDER --fold 0 --new liver
     python -m benchmarks.text.new_class run --task quickstart --new spleen          generated phantoms
-    python -m benchmarks.text.new_class tables                 the section of docs/text.md
+    python -m benchmarks.text.new_class tables                 the section of docs/research/text.md
 
 A network of each head is trained on a task without one class, whose voxels are background there, as they are in the
 files of people who have not asked for it yet. Then the class joins the task. With the text head the network goes on as

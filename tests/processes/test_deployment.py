@@ -1,4 +1,4 @@
-"""docs/deployment.md: the files of docs/deploy, with other ports and folders, used by the programs they are for."""
+"""docs/running/deployment.md: its files, with other ports and folders, used by the programs they are for."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from support.server import Server
 from support.slicer import Slicer, loop, read, shown
 from support.training import SMALL
 
-DEPLOY = ROOT / "docs" / "deploy"
+DEPLOY = ROOT / "docs" / "running" / "deploy"
 NAME = "label.hospital.example"
 ARCHIVE_USER = ("bipvl", "archive's word")
 ACCOUNT = ("MONAI_LABEL_DICOMWEB_USERNAME", "MONAI_LABEL_DICOMWEB_PASSWORD")
@@ -59,7 +59,7 @@ def unit_command() -> list[str]:
 
 
 class Deployed(Archive):
-    """Orthanc with docs/deploy/orthanc.json."""
+    """Orthanc with docs/running/deploy/orthanc.json."""
 
     def start(self) -> None:
         settings = (DEPLOY / "orthanc.json").read_text()
@@ -74,7 +74,7 @@ class Deployed(Archive):
 
 
 class UnitServer(Server):
-    """The server with the options of docs/deploy/bipvl-label.service."""
+    """The server with the options of docs/running/deploy/bipvl-label.service."""
 
     def __init__(self, home: Path, archive: Deployed, users: Path) -> None:
         folders = {name: str(home / name.split("_")[2].lower()) for name in FOLDERS}
@@ -97,8 +97,10 @@ class UnitServer(Server):
 
 @contextmanager
 def nginx(folder: Path, server_port: int) -> Iterator[int]:
-    """nginx with docs/deploy/nginx.conf and a certificate of its own (`tls/label.pem`) in front of the server; yields
-    the port of HTTPS. Plain HTTP is on the port below it."""
+    """nginx with docs/running/deploy/nginx.conf and a certificate of its own (`tls/label.pem`) in front of the server.
+
+    Yields the port of HTTPS. Plain HTTP is on the port below it.
+    """
     assert NGINX and OPENSSL
     (folder / "tls").mkdir(parents=True)
     key, certificate = folder / "tls" / "label.key", folder / "tls" / "label.pem"
@@ -215,9 +217,9 @@ def test_the_units_are_valid(tmp_path):
 
 
 def test_the_page_names_every_file_and_its_commands_can_be_read():
-    text = (ROOT / "docs" / "deployment.md").read_text()
+    text = (ROOT / "docs" / "running" / "deployment.md").read_text()
     for file in DEPLOY.iterdir():
-        assert f"docs/deploy/{file.name}" in text
+        assert f"docs/running/deploy/{file.name}" in text
     for block in re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
         subprocess.run(["bash", "-n"], input=block.replace("<version>", "v"), text=True, check=True)
 

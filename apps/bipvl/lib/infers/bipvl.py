@@ -155,8 +155,8 @@ class BiPVLInfer(BasicInferTask):
                     f"concepts: this model reads the text format {task.model.text_format!r}, not attributes"
                 )
             task = task.with_concepts(options.concepts)
-        # Nothing is computed for classes that were not asked for, by versions that learned to do without their rivals;
-        # others draw a class too large where nothing competes with it (docs/text.md), so there the rest is hidden.
+        # A version that learned to do without a class's rivals computes only the classes asked for. Others draw a class
+        # too large if nothing competes with it (docs/research/text.md), so they compute all and hide the rest.
         if task.model.head == "text" and task.training.drop_classes > 0:
             task = task.only(options.classes)
         run = _Run(options, loaded.version, loaded.model, task, [*loaded.warnings, *self._other_text(loaded)])

@@ -2,8 +2,8 @@
 
 A forward pass on a CPU frees and asks for hundreds of megabytes between any two layers. glibc's defaults return such
 blocks to the kernel at once, and the kernel has to clear the same pages again: half of the time of a forward pass
-(docs/benchmarks.md). The environment variables MALLOC_* alone do not help a server, which computes in a thread: threads
-get arenas of 64 MB, into which no such block fits, whatever the thresholds. So there is one arena here.
+(docs/research/speed.md). The environment variables MALLOC_* alone do not help a server, which computes in a thread:
+threads get arenas of 64 MB, into which no such block fits, whatever the thresholds. So this process has one arena.
 """
 
 from __future__ import annotations

@@ -293,7 +293,7 @@ def write_concepts(path: Path, task: Task, classes: dict[str, ClassText], model:
     for text in data["classes"].values():
         if not text["ambiguous"]:
             del text["ambiguous"]
-    header = "# Drafted by a language model. Nobody has reviewed it: read docs/concepts.md before it is used.\n"
+    header = "# Drafted by a language model. Nobody has reviewed it: read docs/using/sentences.md before it is used.\n"
     body = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120)
     write_atomic(path, lambda file: file.write((header + body).encode()))
 

@@ -118,13 +118,13 @@ class Training(StrictModel):
     batch_size: Annotated[int, Field(ge=1)] = 1
     patches_per_case: Annotated[int, Field(ge=1)] = 2
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    language_learning_rate: Annotated[float, Field(gt=0)] = 1e-4  # of the text encoder (docs/training.md)
+    language_learning_rate: Annotated[float, Field(gt=0)] = 1e-4  # of the text encoder (docs/running/training.md)
     min_learning_rate: Annotated[float, Field(ge=0)] = 1e-7
     warm_up: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of a round over which the rates rise
     weight_decay: Annotated[float, Field(ge=0)] = 1e-5
     hard_negatives: Annotated[int, Field(ge=1)] = 3
     temperature: Annotated[float, Field(gt=0)] = 0.2
-    text_interval: Annotated[int, Field(ge=1)] = 1  # steps a reading of the text lasts (docs/training.md)
+    text_interval: Annotated[int, Field(ge=1)] = 1  # steps a reading of the text lasts (docs/running/training.md)
     text_noise: Annotated[float, Field(ge=0)] = 0.01
     drop_classes: Annotated[float, Field(ge=0, le=1)] = 0.0  # text head: share of steps that know some classes only
     drop_concepts: Annotated[float, Field(ge=0, le=1)] = 0.0  # text head: share of steps that read some sentences only

@@ -100,8 +100,8 @@ class TrainingNetwork(nn.Module):
 
         The paper has one rate, and so do the defaults. Narrow networks from scratch need a rate for the vision side at
         which a BERT collapses (all sentences become one vector), and at BERT's rate BiFusion stays the noise that it
-        begins as (docs/benchmarks.md). The head and the class maps belong to vision, also where they read: their text
-        comes normalised, and at the language's rate they lag behind.
+        begins as (docs/research/accuracy.md). The head and the class maps belong to vision, also where they read: their
+        text comes normalised, and at the language's rate they lag behind.
 
         `learning_rate`: the vision side's, to be given to the optimiser too; default the task's.
         """

@@ -24,7 +24,7 @@ def build_schedule(optimizer: Optimizer, steps: int, recipe: Training) -> Lambda
     them, then one half-cosine down to `min_learning_rate`.
 
     The paper has the half-cosine alone. The first gradients are twenty times the later ones, and Adam at its full rate
-    lets them drive the deep stages of a network from scratch into one constant vector (docs/decisions.md).
+    lets them drive the deep stages of a network from scratch into one constant vector (docs/research/decisions.md).
     """
     warm, least = round(steps * recipe.warm_up), recipe.min_learning_rate
     return LambdaLR(optimizer, [partial(_share, steps, warm, least / g["lr"]) for g in optimizer.param_groups])

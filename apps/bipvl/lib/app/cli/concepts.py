@@ -166,7 +166,7 @@ def generate(
     if not target.is_file() or not outcome.drafted:
         console.print(Text(f"{target}: every class has its sentences; --class NAME drafts one anew"))
         return
-    console.print(Text(f"Written: {target}, status draft. Read it, correct it, and sign it (docs/concepts.md)."))
+    console.print(Text(f"Written: {target}, status draft. Read it, correct it, and sign it (docs/using/sentences.md)."))
     for problem in drafting.remaining(blank, target):
         console.print(Text(f"  {problem}"))
 

@@ -150,4 +150,4 @@ def _log_access(options: WebOptions, auth: Authenticator | None) -> None:
     elif options.insecure:
         logger.warning("Who is let in: EVERYBODY who reaches this port (--conf insecure true)")
     else:
-        logger.info("Who is let in: programs on this machine only (docs/security.md says how to let others in)")
+        logger.info("Who is let in: programs on this machine only (docs/running/security.md says how to let others in)")

@@ -13,7 +13,7 @@ where it is misplaced, too large or too small, but also where the case is hard; 
     agreement(M) = fit(M) / fit(own mask)
 
 The band is the neighbourhood alone, so that a small structure in a large image is judged like a large one. How well
-this finds errors, beside the cosine of T and V and other scores, is measured in docs/explanation.md.
+this finds errors, beside the cosine of T and V and other scores, is measured in docs/research/explanation.md.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-BAND = 6.0  # mm along each axis; 9 and 15 tell errors from faultless masks slightly less well (docs/explanation.md)
+BAND = 6.0  # mm along each axis; 9 and 15 find errors slightly less well (docs/research/explanation.md)
 FLOOR = 0.01  # of a probability
 
 

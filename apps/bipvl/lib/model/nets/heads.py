@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 GRID = (3, 3, 3)  # of the class vectors; V_4 of a 96³ patch
-GAIN = 8.0  # of what is compared with text; at 1 the rarest class is found late (docs/benchmarks.md)
+GAIN = 8.0  # of what is compared with text; at 1 the rarest class is found late (docs/research/accuracy.md)
 LEVELS = 3  # of the decoder that carry class maps: 1/8, 1/4 and 1/2 of the resolution
 POOLED = 1  # the level whose places make a class's vector
 LEAST = 1e-3  # difference of sentences that counts as none; BERT's vectors have a root mean square of about 1
@@ -101,7 +101,7 @@ class ClassPyramid(nn.Module):
 
     Eq. (3) scores the places of V_4 for each class, against what the decoder decides there. Of those there are 27 in a
     96³ patch, most organs fill less than one, and on real data their vectors became constants that no image changed
-    (docs/benchmarks.md). Here the places are the decoder's, thousands of them, the maps learn from the label
+    (docs/research/accuracy.md). Here the places are the decoder's, thousands of them, the maps learn from the label
     (`lib.model.losses.class_map_loss`), and the vector of a class is the mean of the places that show it.
 
     Args:

@@ -76,7 +76,7 @@ class FusedWindowAttention(WindowAttention):
     """MONAI's window attention, same parameters and result, through torch's fused kernel.
 
     MONAI's own writes the scores of all windows to memory (343 x 343 a window, head and layer) and reads them again for
-    bias, mask, softmax and product, which is a sixth of the network's time on a CPU (docs/benchmarks.md).
+    bias, mask, softmax and product, which is a sixth of the network's time on a CPU (docs/research/speed.md).
     """
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
