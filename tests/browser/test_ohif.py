@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from lib.app.web import ohif
+from lib.upstream import OHIF
 from support.archive import Archive, needs_orthanc
 from support.browser import ACCOUNT_OF_SERVER, ELSEWHERE, SMALL, Visit, chromium, needs_browser, sync_api, visiting
 from support.server import Server
@@ -51,15 +52,15 @@ def test_address_without_slash_leads_to_the_page(files: TestClient) -> None:
 
 
 def test_files_below_folders_are_found(files: TestClient) -> None:
-    names = [file.relative_to(ohif.FOLDER).as_posix() for file in ohif.FOLDER.rglob("*.png")]
+    names = [file.relative_to(OHIF).as_posix() for file in OHIF.rglob("*.png")]
     answer = files.get(f"/ohif/{names[0]}")
     assert "/" in names[0]
-    assert answer.content == (ohif.FOLDER / names[0]).read_bytes()
+    assert answer.content == (OHIF / names[0]).read_bytes()
     assert answer.headers["content-type"] == "image/png"
 
 
 def test_only_names_that_change_with_the_content_are_kept_without_asking(files: TestClient) -> None:
-    script = next(ohif.FOLDER.glob("app.bundle.*.js")).name
+    script = next(OHIF.glob("app.bundle.*.js")).name
     assert "immutable" in files.get(f"/ohif/{script}").headers["cache-control"]
     style = files.get("/ohif/app.bundle.css")
     assert style.headers["cache-control"] == "private, no-cache"

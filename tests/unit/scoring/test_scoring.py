@@ -288,12 +288,13 @@ class Tasks:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.all: dict[str, list[dict]] = {"scoring": [], "train": []}
-        monkeypatch.setattr(background_module, "tasks", self.all.__getitem__)
-        monkeypatch.setattr(background_module, "AsyncTask", self)
+        monkeypatch.setattr(background_module, "tasks_of", self.all.__getitem__)
+        monkeypatch.setattr(background_module, "start_task", self.start)
+        monkeypatch.setattr(background_module, "stop_task", self.stop)
 
-    def run(self, method, request, enqueue):
+    def start(self, method, request, queue):
         self.all[method].append({"status": "RUNNING", "request": request})
-        return self.all[method][-1], None
+        return self.all[method][-1]
 
     def stop(self, method):
         self.all[method][-1]["status"] = "STOPPED"

@@ -12,11 +12,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from monailabel.interfaces.tasks.strategy import Strategy
-
 from lib.activelearning.ranking import RANKINGS, Ranking, choose
 from lib.scoring import cache
 from lib.scoring.cache import CaseScores
+from lib.upstream import Strategy
 
 NO_SEED = -1
 DESCRIPTIONS = {

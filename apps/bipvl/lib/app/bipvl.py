@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastapi import HTTPException
-from monailabel.config import settings
-from monailabel.interfaces import app as stock
-from monailabel.interfaces.app import MONAILabelApp
-from monailabel.interfaces.datastore import Datastore
-from monailabel.interfaces.tasks.scoring import ScoringMethod
-from monailabel.interfaces.tasks.strategy import Strategy
 
+from lib import upstream
 from lib.activelearning import strategies
 from lib.activelearning.leases import DEFAULT_MINUTES, Leases, Offer
 from lib.app.web.access.options import CONF_KEYS
@@ -32,6 +28,7 @@ from lib.stores.dicom.store import DicomStore
 from lib.stores.local import FINAL, UNCERTAINTY, LocalStore
 from lib.tasks import Task, TaskError, load_task
 from lib.trainers import BiPVLTrain
+from lib.upstream import Datastore, MONAILabelApp, ScoringMethod, Strategy, settings
 from lib.volumes.series import SeriesError
 
 logger = logging.getLogger(__name__)
@@ -58,8 +55,6 @@ class BiPVLApp(MONAILabelApp):
         lib.tasks.TaskError: at start-up, for an unknown task or a file that cannot be used.
     """
 
-    _auto_update_scoring: bool  # of MONAI Label, which says no type
-
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
         _check_keys(conf)
         self.tasks = _select(conf)
@@ -77,27 +72,45 @@ class BiPVLApp(MONAILabelApp):
             description="Text-guided 3D segmentation with BiPVL-Seg: correct the mask, press train, get a better one",
             version=VERSION,
         )
+        self._fill_scores = upstream.take_over_scoring(self)
+
+    @property
+    def models(self) -> Mapping[str, BiPVLInfer]:
+        """Inference by name of the task."""
+        return upstream.models(self)
+
+    @property
+    def trainers(self) -> Mapping[str, BiPVLTrain]:
+        """Training by name of the task; none where MONAI_LABEL_TASKS_TRAIN is false."""
+        return upstream.trainers(self)
+
+    @property
+    def strategies(self) -> Mapping[str, Strategy]:
+        """Ways to choose the next case, by name."""
+        return upstream.strategies(self)
+
+    @property
+    def scoring_methods(self) -> Mapping[str, ScoringMethod]:
+        """Ways to score cases, by name."""
+        return upstream.scoring_methods(self)
 
     def init_datastore(self) -> Datastore:
         if self.studies.startswith(("http://", "https://")):
-            # MONAI Label's app connects to the archive and builds the store of this name.
-            store = partial(DicomStore, tasks=tuple(self.tasks.values()), software=VERSION)
-            stock.DICOMWebDatastore = store  # type: ignore[misc]
-            return super().init_datastore()
+            with upstream.dicom_store(partial(DicomStore, tasks=tuple(self.tasks.values()), software=VERSION)):
+                return super().init_datastore()
         return LocalStore(self.studies, settings.MONAI_LABEL_DATASTORE_READ_ONLY, tuple(self.tasks.values()))
 
     def on_init_complete(self) -> None:
         """Called by MONAI Label's server only, before it accepts connections."""
         for name, task in self.tasks.items():
-            start_from_shipped(task, self._infers[name].versions)
+            start_from_shipped(task, self.models[name].versions)
         install(self)
         os.environ[SERVER] = str(os.getpid())
-        method = self._scoring_methods.get(METHOD)
-        wanted = self.score_cases and self._auto_update_scoring and not getattr(self.datastore(), "read_only", False)
+        method = self.scoring_methods.get(METHOD)
+        wanted = self.score_cases and self._fill_scores and not getattr(self.datastore(), "read_only", False)
         if wanted and isinstance(method, CaseScoring):
             self.background = Background(method, self.datastore())
             self.background.start()
-        self._auto_update_scoring = False  # of MONAI Label: it would start every method at every request
         super().on_init_complete()
 
     def _load_sessions(self, load: bool = False) -> Sessions | None:
@@ -111,10 +124,10 @@ class BiPVLApp(MONAILabelApp):
         return {name: BiPVLTrain(task, self.model_dir / name) for name, task in self.tasks.items()}
 
     def init_strategies(self) -> dict[str, Strategy]:
-        return strategies(list(self.tasks), lambda model: self._infers[model].served())
+        return strategies(list(self.tasks), lambda model: self.models[model].served())
 
     def init_scoring_methods(self) -> dict[str, ScoringMethod]:
-        return scoring_methods(self._infers, self.tasks, self.model_dir, self.score_cases)
+        return scoring_methods(self.models, self.tasks, self.model_dir, self.score_cases)
 
     def scoring(self, request: dict[str, Any], datastore: Any = None) -> dict[str, Any]:
         """Run a scoring method. MONAI Label gives it a process of its own, which takes what others leave of the CPU."""
@@ -124,13 +137,13 @@ class BiPVLApp(MONAILabelApp):
     def next_sample(self, request: dict[str, Any]) -> dict[str, Any]:
         """The case to annotate next, leased to the one who asks (`who` or `client_id`); empty where none is free."""
         strategy = request.get("strategy") or "random"
-        if strategy not in self._strategies:
-            raise HTTPException(404, f"unknown strategy {strategy!r}; valid are {', '.join(self._strategies)}")
+        if strategy not in self.strategies:
+            raise HTTPException(404, f"unknown strategy {strategy!r}; valid are {', '.join(self.strategies)}")
         person = str(request.get("who") or request.get("client_id") or "")
         while True:
             with self.leases.lock:
                 offer = Offer(self.datastore(), self.leases.taken(person))
-                found = self._strategies[strategy]({**request, "strategy": strategy}, offer)
+                found = self.strategies[strategy]({**request, "strategy": strategy}, offer)
                 if not found or not found.get("id"):
                     return {}
                 self.leases.lease(found["id"], person)
@@ -196,12 +209,12 @@ class BiPVLApp(MONAILabelApp):
     def infer_file(self, request: dict[str, Any], path: Path) -> dict[str, Any]:
         """Segment a file or a DICOM folder that is not in the datastore. The caller removes the result's `file` and
         what its `uncertainty_map` names."""
-        model = request.get("model")
-        if model not in self._infers:
-            raise HTTPException(404, f"unknown model {model!r}; valid are {', '.join(self._infers)}")
+        model = str(request.get("model"))
+        if model not in self.models:
+            raise HTTPException(404, f"unknown model {model!r}; valid are {', '.join(self.models)}")
         try:
             with self.turns.request():
-                file, params = self._infers[model]({**request, "image": str(path)})
+                file, params = self.models[model]({**request, "image": str(path)})
         except ValueError as error:
             logger.exception("Inference refused")
             raise HTTPException(400, str(error)) from error

@@ -12,9 +12,6 @@ from typing import Any
 
 import numpy as np
 from monai.utils import set_determinism
-from monailabel.interfaces.tasks.infer_v2 import InferType
-from monailabel.tasks.infer.basic_infer import BasicInferTask
-from monailabel.utils.others.generic import device_list, name_to_device, strtobool
 
 from lib.infers.explain.agreement import own_fit
 from lib.infers.options import Options
@@ -25,6 +22,7 @@ from lib.model.predict import Prediction, predict
 from lib.model.versions import Versions
 from lib.tasks import ATTRIBUTES, Task, TaskError, task_from_dict
 from lib.tasks.revisions import newest_text
+from lib.upstream import InferTask, InferType, device_list, name_to_device, strtobool
 from lib.volumes import masks
 from lib.volumes.transforms import largest_components, load, restore, restore_map
 
@@ -62,7 +60,7 @@ class _Run:
         return repr(self.options)
 
 
-class BiPVLInfer(BasicInferTask):
+class BiPVLInfer(InferTask):
     """Segment with a published version of BiPVL-Seg; before the first training with fresh weights, and a warning.
 
     Args:
@@ -113,7 +111,7 @@ class BiPVLInfer(BasicInferTask):
     def config(self) -> dict[str, Any]:
         """Options with their defaults; of a list the first entry is the default, the others are the choices."""
         published = [str(n) for n in reversed(self.versions.numbers())]
-        return {**self._config, "device": device_list(), "model_version": ["served", *published]}
+        return {**self.defaults, "device": device_list(), "model_version": ["served", *published]}
 
     def info(self) -> dict[str, Any]:
         return {

@@ -6,10 +6,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from monailabel.utils.others.generic import strtobool
-
 from lib.model.versions import Versions
 from lib.tasks import Task
+from lib.upstream import strtobool
 
 
 @dataclass

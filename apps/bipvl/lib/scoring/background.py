@@ -12,17 +12,14 @@ import threading
 import time
 from typing import Any
 
-from monailabel.utils.async_tasks.task import AsyncTask
-from monailabel.utils.async_tasks.utils import tasks
-
 from lib.scoring.methods import CaseScoring
+from lib.upstream import is_running, start_task, stop_task, tasks_of
 
 logger = logging.getLogger(__name__)
 
 METHOD = "entropy"  # fills everything
 LOOK_SECONDS = 5.0
 RETRY_SECONDS = 900.0  # after a failure that a look at the cases cannot explain, such as an archive that is down
-RUNNING = ("SUBMITTED", "RUNNING")
 
 
 class Background:
@@ -52,9 +49,9 @@ class Background:
     def give_way(self) -> None:
         """Stop the own task, if it runs, for somebody who starts a task; it goes on later."""
         with self._lock:
-            if self._own is not None and self._own["status"] in RUNNING:
+            if self._own is not None and is_running(self._own):
                 self._paused = self._due = True
-                AsyncTask.stop("scoring")
+                stop_task("scoring")
 
     def look(self) -> None:
         """Start what is due, if nothing stands in the way."""
@@ -68,11 +65,11 @@ class Background:
             elif self._due and not _active("scoring") and time.monotonic() >= self._retry:
                 self._due = False
                 if any(self._method.missing(self._datastore, model) for model in served):
-                    self._own = AsyncTask.run("scoring", request={"method": METHOD}, enqueue=True)[0]
+                    self._own = start_task("scoring", {"method": METHOD}, queue=True)
 
     def _note_end(self) -> None:
         """A failed task is tried again after a while; what a person stopped, once another version is served."""
-        if self._own is None or self._own["status"] in RUNNING:
+        if self._own is None or is_running(self._own):
             return
         if self._own["status"] != "DONE" and not self._paused:
             failed = self._own["status"] == "ERROR"
@@ -91,4 +88,4 @@ class Background:
 
 
 def _active(method: str) -> bool:
-    return any(task["status"] in RUNNING for task in tasks(method))
+    return any(map(is_running, tasks_of(method)))

@@ -16,8 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from monailabel.interfaces.tasks.scoring import ScoringMethod
-from monailabel.utils.others.generic import device_list, name_to_device
 
 from lib.files import now, write_json
 from lib.infers import BiPVLInfer
@@ -28,6 +26,7 @@ from lib.scoring.forward import score_case
 from lib.scoring.turns import Turns
 from lib.stores.dicom.archive import ArchiveError
 from lib.tasks import Task
+from lib.upstream import ScoringMethod, device_list, name_to_device
 from lib.volumes.metrics import dice_of_classes
 from lib.volumes.reading import align_label, read_volume
 from lib.volumes.transforms import apply, load

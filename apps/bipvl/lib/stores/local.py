@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from filelock import FileLock, Timeout
-from monailabel.interfaces.datastore import Datastore
 
 from lib.stores.cases import declared, make_case, newest, volumes
 from lib.stores.cases import image_id as id_of
@@ -30,6 +29,7 @@ from lib.stores.labelfiles import LabelFiles, check_new_id, check_tag, facts, fi
 from lib.stores.uploads.checks import check_image_file, check_label_file, plain, same_volume, suffix_of
 from lib.stores.uploads.numbering import renumber
 from lib.tasks import Task
+from lib.upstream import Datastore
 
 __all__ = ["ConflictError", "LocalStore", "NotInStoreError", "ReadOnlyError", "StoreError", "check_new_id", "check_tag"]
 

@@ -1,4 +1,4 @@
-"""The train task: MONAI's engine, run through MONAI Label's BasicTrainTask, on the whole model and its three losses."""
+"""The train task: MONAI's engine, run through MONAI Label's train task, on the whole model and its three losses."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.handlers import LrScheduleHandler, MeanDice, ValidationHandler, from_engine, stopping_fn_from_metric
 from monai.transforms import Compose
 from monai.utils import set_determinism
-from monailabel.interfaces.datastore import Datastore
-from monailabel.tasks.train.basic_train import BasicTrainTask, Context
 from torch import Tensor
 
 from lib.files import write_json
@@ -36,6 +34,7 @@ from lib.trainers.recipe import build_schedule, descend
 from lib.trainers.rounds import Fold, Round
 from lib.trainers.split import split_cases
 from lib.trainers.tracking import Tracker
+from lib.upstream import Context, Datastore, TrainTask
 from lib.volumes.transforms import augment, load
 
 logger = logging.getLogger(__name__)
@@ -43,7 +42,7 @@ logger = logging.getLogger(__name__)
 FOLDS = range(2, 5)  # with so few cases each validates once, in cross-validation; with more, some always do
 
 
-class BiPVLTrain(BasicTrainTask):
+class BiPVLTrain(TrainTask):
     """Train BiPVL-Seg on the labelled cases and publish the round's best model, if the gate lets it pass.
 
     A round starts from the served version (`pretrained`), validates on cases that never train, keeps the model with the
@@ -105,7 +104,7 @@ class BiPVLTrain(BasicTrainTask):
             ValueError: naming the option and what is valid.
         """
         # A client may send back an option's whole list of choices: its first entry is meant.
-        chosen = {k: v[0] if isinstance(v, list) and v else v for k, v in {**self._config, **request}.items()}
+        chosen = {k: v[0] if isinstance(v, list) and v else v for k, v in {**self.defaults, **request}.items()}
         return rounds.checked(chosen)
 
     def pre_process(self, request: dict[str, Any], datastore: Datastore) -> list[dict[str, Any]]:
@@ -244,7 +243,7 @@ class BiPVLTrain(BasicTrainTask):
 
     # The engines --------------------------------------------------------------------------------------------------
 
-    def _create_evaluator(self, context: Context) -> SupervisedEvaluator | None:
+    def evaluator(self, context: Context) -> SupervisedEvaluator | None:
         if not context.val_datalist:
             return None
         per_class = MeanDice(output_transform=from_engine(["pred", "label"]), reduction="mean_batch")
@@ -258,7 +257,7 @@ class BiPVLTrain(BasicTrainTask):
             decollate=False,
         )
 
-    def _create_trainer(self, context: Context) -> SupervisedTrainer:
+    def trainer(self, context: Context) -> SupervisedTrainer:
         loader = self.train_data_loader(context)
         # Stepped every iteration, over all iterations of the run.
         schedule = build_schedule(context.optimizer, context.max_epochs * len(loader), self.task.training)
@@ -325,7 +324,7 @@ class BiPVLTrain(BasicTrainTask):
                 checkpoints.save(checkpoint_of(context, self.task), best)
 
         def after_epoch(engine: Engine) -> None:
-            write_json(Path(self._stats_path), {**tracker.stats(), "audit": this.audit})
+            write_json(self.stats_file, {**tracker.stats(), "audit": this.audit})
             epoch, last = engine.state.epoch, engine.state.max_epochs
             if (epoch == 1 or epoch % interval == 0) and epoch != last:
                 rounds.save_progress(context, rounds.snapshot(context, tracker.history, stop))
@@ -335,7 +334,7 @@ class BiPVLTrain(BasicTrainTask):
                 self._finish_fold(context)
                 return
             outcome = publish(context, self.task, self.versions, tracker)
-            write_json(Path(self._stats_path), {**tracker.stats(), **outcome})
+            write_json(self.stats_file, {**tracker.stats(), **outcome})
 
         if context.evaluator:
             # ValidationHandler runs the evaluator for one epoch and sets its epoch number to the trainer's.

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from monailabel.tasks.train.basic_train import BasicTrainTask, Context
 
 from lib.files import now
 from lib.model import checkpoints
@@ -27,6 +26,7 @@ from lib.trainers.gate import Decision, decide
 from lib.trainers.objective import unwrapped
 from lib.trainers.rounds import Round
 from lib.trainers.tracking import Tracker
+from lib.upstream import Context, TrainTask
 
 logger = logging.getLogger(__name__)
 
@@ -200,7 +200,7 @@ def manifest_of(context: Context, task: Task) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     if context.evaluator:
         scores = context.evaluator.state.metrics
-        mean = float(scores.get(BasicTrainTask.VAL_METRIC_MEAN_DICE, math.nan))
+        mean = float(scores.get(TrainTask.VAL_METRIC_MEAN_DICE, math.nan))
         metrics = {
             "mean_dice": None if math.isnan(mean) else mean,
             "class_dice": _per_class(task, scores.get("val_class_dice")),

@@ -17,14 +17,13 @@ import torch
 from filelock import FileLock, Timeout
 from ignite.handlers import EarlyStopping
 from monai.transforms import Compose
-from monailabel.tasks.train.basic_train import Context
-from monailabel.utils.others.generic import strtobool
 
 from lib.files import clear_unfinished, now, write_json
 from lib.model.checkpoints import DamagedCheckpoint, load_tensors, save
 from lib.model.reports.page import Examined
 from lib.tasks import Task
 from lib.trainers.objective import unwrapped
+from lib.upstream import Context, strtobool
 
 # A round is resumed only with the same values: another would make the rest of it another round.
 MATCHING = (

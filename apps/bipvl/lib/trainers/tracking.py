@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
-from monailabel.tasks.train.basic_train import Context
-from monailabel.tasks.train.handler import prepare_stats
 from torch.utils.tensorboard import SummaryWriter
 
 from lib.tasks import Task
 from lib.trainers.objective import unwrapped
+from lib.upstream import Context, prepare_stats
 
 logger = logging.getLogger(__name__)
 

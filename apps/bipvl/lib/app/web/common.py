@@ -8,12 +8,12 @@ import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException, MONAILabelException
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
@@ -22,8 +22,20 @@ from lib.app.web.access.auth import Authenticator, Refusal
 from lib.app.web.access.guard import LOCAL_USER, USER
 from lib.app.web.access.options import WebOptions
 from lib.app.web.sessions import Sessions
+from lib.infers import BiPVLInfer
+from lib.scoring.background import Background
+from lib.trainers import BiPVLTrain
+from lib.upstream import (
+    Datastore,
+    ImageNotFoundException,
+    LabelNotFoundException,
+    MONAILabelException,
+    ScoringMethod,
+    Strategy,
+)
 
 logger = logging.getLogger(__name__)
+Entry = TypeVar("Entry")
 
 
 class Problem(BaseModel):
@@ -53,11 +65,40 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
+class LabelApp(Protocol):
+    """What routes ask of the app (lib.app.bipvl.BiPVLApp)."""
+
+    name: str
+    description: str
+    version: str
+    studies: str
+    conf: dict[str, str]
+    background: Background | None
+
+    @property
+    def models(self) -> Mapping[str, BiPVLInfer]: ...
+    @property
+    def trainers(self) -> Mapping[str, BiPVLTrain]: ...
+    @property
+    def strategies(self) -> Mapping[str, Strategy]: ...
+    @property
+    def scoring_methods(self) -> Mapping[str, ScoringMethod]: ...
+    def datastore(self) -> Datastore: ...
+    def sessions(self) -> Sessions | None: ...
+    def info(self) -> dict[str, Any]: ...
+    def model_info(self, model: str) -> dict[str, Any] | None: ...
+    def next_sample(self, request: dict[str, Any]) -> dict[str, Any]: ...
+    def infer(self, request: dict[str, Any]) -> dict[str, Any]: ...
+    def infer_file(self, request: dict[str, Any], path: Path) -> dict[str, Any]: ...
+    def check_annotated(self, names: Any) -> None: ...
+    def on_save_label(self, image_id: str, label_id: str) -> dict[str, Any] | None: ...
+
+
 @dataclass
 class Services:
     """What routes work with. `infers` runs inference, so that nothing else waits for it."""
 
-    app: Any
+    app: LabelApp
     options: WebOptions
     auth: Authenticator | None
     sessions: Sessions | None
@@ -69,7 +110,7 @@ def current_user(request: Request) -> User:
     return request.scope.get(USER, LOCAL_USER)
 
 
-def choice(kind: str, name: Any, valid: Mapping[str, Any]) -> Any:
+def choice(kind: str, name: Any, valid: Mapping[str, Entry]) -> Entry:
     """An entry of the app's models, trainers, strategies or methods.
 
     Raises:

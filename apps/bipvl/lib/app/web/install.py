@@ -9,22 +9,17 @@ from __future__ import annotations
 import logging
 import os
 import re
-import signal
-import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
-from monailabel.config import settings
 
 from lib.app.web import ohif, proxy
 from lib.app.web.access.accounts import Accounts, OwnAccounts, RealmAccounts
 from lib.app.web.access.auth import Authenticator
 from lib.app.web.access.guard import Guard
 from lib.app.web.access.options import OptionError, WebOptions
-from lib.app.web.common import Services, handle_errors
+from lib.app.web.common import LabelApp, Services, handle_errors
 from lib.app.web.routes.agreement import agreement_routes
 from lib.app.web.routes.concepts import concept_routes
 from lib.app.web.routes.data import datastore_routes, session_routes
@@ -34,6 +29,7 @@ from lib.app.web.routes.models import task_routes
 from lib.app.web.routes.reports import report_routes
 from lib.app.web.routes.start import page_routes
 from lib.app.web.uploads import TemporaryFolder
+from lib.upstream import at_shutdown, log_handlers, replace_application, settings, stock_application
 
 logger = logging.getLogger(__name__)
 
@@ -44,16 +40,14 @@ SECRET = re.compile(
 )
 
 
-def install(app: Any) -> None:
+def install(app: LabelApp) -> None:
     """Serve `app` through our guard and routes. Call once, when MONAI Label's server starts.
 
     Raises:
         RuntimeError: this is no MONAI Label server that could be guarded.
         lib.app.web.access.options.OptionError: access options that cannot be used.
     """
-    stock = getattr(sys.modules.get("monailabel.app"), "app", None)
-    if not isinstance(stock, FastAPI) or getattr(stock, "middleware_stack", None) is None:
-        raise RuntimeError("MONAI Label's server has another structure than 0.8.5's: it cannot be guarded, so it stops")
+    stock = stock_application()
     options = WebOptions.read(app.conf, os.environ, settings.MONAI_LABEL_CORS_ORIGINS)
     realm = settings.MONAI_LABEL_AUTH_ENABLE
     if realm and (options.has_accounts or options.insecure):
@@ -62,12 +56,10 @@ def install(app: Any) -> None:
     auth = Authenticator(accounts) if accounts else None
     _redact_logs([s for s in (options.token, *(options.account or ())[1:]) if s])
     temporary = TemporaryFolder()
-    _at_shutdown(temporary.remove)
+    at_shutdown(temporary.remove)
     workers = max(1, settings.MONAI_LABEL_INFER_CONCURRENCY)
     services = Services(app, options, auth, app.sessions(), ThreadPoolExecutor(workers, "infer"))
-    # The stock routes go as well: should anything build the stock application again, it would answer nothing.
-    stock.router.routes.clear()
-    stock.middleware_stack = Guard(build(services), options, auth, realm)
+    replace_application(stock, Guard(build(services), options, auth, realm))
     _log_access(options, auth)
 
 
@@ -121,27 +113,10 @@ class _Redact(logging.Filter):
 
 def _redact_logs(secrets: list[str]) -> None:
     """On handlers, where lines of all loggers pass."""
-    loggers = [logging.root, *(x for x in logging.root.manager.loggerDict.values() if isinstance(x, logging.Logger))]
-    for handler in {h for log in loggers for h in log.handlers}:
+    for handler in log_handlers():
         for old in [f for f in handler.filters if type(f).__name__ == _Redact.__name__]:
             handler.removeFilter(old)
         handler.addFilter(_Redact(secrets))
-
-
-def _at_shutdown(call: Callable[[], None]) -> None:
-    """Call when the server has answered its last request. uvicorn ends by the signal it received, without Python's
-    atexit; its server object is known through the signal's handler. Under another server atexit has to do."""
-    server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
-    lifespan = getattr(server, "lifespan", None)
-    if lifespan is None:
-        return
-    shutdown = lifespan.shutdown
-
-    async def wrapped() -> None:
-        await shutdown()
-        call()
-
-    lifespan.shutdown = wrapped
 
 
 def _log_access(options: WebOptions, auth: Authenticator | None) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path, PurePosixPath
 
-import monailabel
 from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-FOLDER = Path(monailabel.__file__).parent / "endpoints" / "static" / "ohif"
+from lib.upstream import OHIF
 
 # Names with a hash of the content never change theirs; everything else is asked for again, and answered by 304.
 _HASHED = re.compile(r"(?:.*\.)?[0-9a-f]{20}\.[a-z]+")
@@ -37,7 +36,7 @@ def page(html: str) -> str:
     return html.replace(viewer, _EXTENSION + viewer, 1)
 
 
-def router(folder: Path = FOLDER) -> APIRouter:
+def router(folder: Path = OHIF) -> APIRouter:
     """Routes `/ohif/…`: the files of the viewer, and its page for every address that it makes up itself.
 
     Who may ask is decided before: nothing here looks at the user.

@@ -23,10 +23,11 @@ import httpx
 from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import Response, StreamingResponse
 from google.auth.exceptions import GoogleAuthError
-from monailabel.config import Settings
-from monailabel.config import settings as server_settings
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
+
+from lib.upstream import Settings
+from lib.upstream import settings as server_settings
 
 logger = logging.getLogger(__name__)
 logging.getLogger("httpx").setLevel(logging.WARNING)  # its line a request has the query, which names patients

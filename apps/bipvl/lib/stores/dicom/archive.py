@@ -14,15 +14,12 @@ from urllib.parse import urlsplit
 from uuid import uuid4
 
 import requests
-from dicomweb_client import DICOMwebClient
 from pydicom.dataset import Dataset
-from requests.adapters import HTTPAdapter
 
 from lib.stores.errors import StoreError
+from lib.upstream import DICOMwebClient, limit_waiting
 
 logger = logging.getLogger(__name__)
-for noisy in ("dicomweb_client", "retrying"):  # every request, and a traceback of every failed one
-    logging.getLogger(noisy).setLevel(logging.ERROR)
 
 CONNECT_SECONDS = 5.0
 PAGE = 100  # no archive is known to cut its answers shorter than this
@@ -47,20 +44,6 @@ class SeriesEntry:
     info: Mapping[str, str]
 
 
-class _Unpooled(HTTPAdapter):
-    """A time limit, as requests waits for ever by default, and a connection of its own for each request: one that is
-    kept may be closed by the archive just as it is used again (Orthanc: after a second)."""
-
-    def __init__(self, seconds: float) -> None:
-        super().__init__()
-        self._seconds = seconds
-
-    def send(self, request: Any, *args: Any, **more: Any) -> requests.Response:
-        more["timeout"] = (CONNECT_SECONDS, self._seconds)
-        request.headers["Connection"] = "close"  # the archive need not wait for another one
-        return HTTPAdapter().send(request, *args, **more)
-
-
 class Archive:
     """The requests this app makes.
 
@@ -76,11 +59,7 @@ class Archive:
         address = urlsplit(str(client.base_url))  # as it may be shown: without an account
         self.name = address._replace(netloc=address.netloc.rpartition("@")[2]).geturl()
         self.seconds = 0.0
-        client.set_http_retry_params(retry=False)  # it would wait for minutes; the annotator asks again
-        for scheme in ("http://", "https://"):
-            client._session.mount(scheme, _Unpooled(timeout))
-        self._send = client._session.send
-        client._session.send = self._timed  # type: ignore[method-assign]
+        limit_waiting(client, CONNECT_SECONDS, timeout, self._waited)
 
     def series(self, filters: Mapping[str, Any]) -> list[SeriesEntry]:
         """The series that match, in the archive's order."""
@@ -156,9 +135,5 @@ class Archive:
             logger.warning("%s: %s: %s", self.name, what, error)
             raise ArchiveError(f"the DICOM archive {self.name} {verb} ({what}: {status}); try again") from error
 
-    def _timed(self, request: Any, **more: Any) -> requests.Response:
-        start = time.monotonic()
-        try:
-            return self._send(request, **more)
-        finally:
-            self.seconds += time.monotonic() - start
+    def _waited(self, seconds: float) -> None:
+        self.seconds += seconds

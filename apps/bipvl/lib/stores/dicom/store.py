@@ -18,9 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from dicomweb_client import DICOMwebClient
-from monailabel.config import settings
-from monailabel.utils.others.generic import md5_digest
 from pydicom.dataset import Dataset
 
 from lib.stores.cases import declared, make_case
@@ -37,6 +34,7 @@ from lib.stores.uploads.checks import plain
 from lib.stores.uploads.names import named_values, task_for, task_named, to_task_values
 from lib.stores.uploads.numbering import segment_names
 from lib.tasks import Task
+from lib.upstream import DICOMwebClient, md5_digest, settings
 from lib.volumes.masks import write_mask
 from lib.volumes.reading import read_header
 from lib.volumes.series import SeriesError, Volume

@@ -20,9 +20,9 @@ from typing import Any, Protocol
 import bcrypt
 import jwt
 import requests
-from monailabel.config import settings
 
 from lib.app.web.access.options import OptionError, WebOptions, private_text
+from lib.upstream import settings
 
 logger = logging.getLogger(__name__)
 

@@ -6,10 +6,10 @@ import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, HTTPException, Query
-from monailabel.utils.others.generic import device_list, name_to_device
 
 from lib.app.web.common import ERRORS, Services, choice, known_image
 from lib.infers.explain.label_check import check_labels
+from lib.upstream import device_list, name_to_device
 
 MOST = 20  # cases a request: each costs a forward pass
 
@@ -22,7 +22,7 @@ def agreement_routes(services: Services) -> APIRouter:
     async def check(
         model: str, image: Annotated[list[str], Query(description=f"ids of labelled images, at most {MOST}")]
     ) -> dict[str, Any]:
-        engine = choice("model", model, services.app._infers)
+        engine = choice("model", model, services.app.models)
         store = services.app.datastore()
         if len(image) > MOST:
             raise HTTPException(400, f"image: {len(image)} images; a request may name at most {MOST}")

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from monailabel.utils.others.generic import device_list, strtobool
+
+from lib.upstream import device_list, strtobool
 
 
 def typed(given: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:

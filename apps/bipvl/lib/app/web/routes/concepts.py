@@ -15,7 +15,6 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, HTTPException
 from fastapi.responses import FileResponse, RedirectResponse
 from monai.transforms import Compose
-from monailabel.utils.others.generic import device_list, name_to_device
 from pydantic import BaseModel, Field
 
 from lib.app.web.access.accounts import ROLES, User
@@ -28,6 +27,7 @@ from lib.tasks import ATTRIBUTES, Review, Task, TaskError
 from lib.tasks.check import Problem
 from lib.tasks.revisions import Revisions
 from lib.tasks.wording import markup
+from lib.upstream import device_list, name_to_device
 from lib.volumes.transforms import load
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ def concept_routes(services: Services) -> APIRouter:
     routes = APIRouter(responses=ERRORS)
 
     def engine_of(model: str) -> Any:
-        return choice("model", model, services.app._infers)
+        return choice("model", model, services.app.models)
 
     def revisions_of(model: str) -> Revisions:
         engine = engine_of(model)

@@ -13,8 +13,6 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, File, Form, HTTPException, Query, Response, UploadFile
 from fastapi.responses import FileResponse
-from monailabel.interfaces.datastore import DefaultLabelTag
-from monailabel.utils.others.generic import file_checksum
 from starlette.background import BackgroundTask
 
 from lib.app.web import uploads
@@ -22,6 +20,7 @@ from lib.app.web.access.accounts import User
 from lib.app.web.common import ERRORS, Services, checked, current_user, json_object, known_image
 from lib.stores.dicom.archive import ArchiveError
 from lib.stores.dicom.store import DicomStore
+from lib.upstream import DefaultLabelTag, file_checksum
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from starlette.concurrency import run_in_threadpool
 
 from lib.app.web import uploads
 from lib.app.web.access.accounts import User
-from lib.app.web.common import ERRORS, Services, choice, current_user, json_object, known_image
+from lib.app.web.common import ERRORS, LabelApp, Services, choice, current_user, json_object, known_image
 from lib.app.web.routes import choices
 from lib.app.web.routes.data import known_session
 from lib.stores.dicom.store import DicomStore
@@ -105,7 +105,7 @@ def _prepare(
     output: InferOutput,
 ) -> _Request:
     """Check everything before the request waits for its turn."""
-    task = choice("model", model, services.app._infers)
+    task = choice("model", model, services.app.models)
     store = services.app.datastore()
     given = json_object(params)
     request = _Request({**_options(task, given, model, image), "model": model}, output)
@@ -149,7 +149,7 @@ def _run(services: Services, request: _Request) -> Response:
         return _answer(app, request, mask, result["params"])
 
 
-def _answer(app: Any, request: _Request, mask: Path, params: dict[str, Any]) -> Response:
+def _answer(app: LabelApp, request: _Request, mask: Path, params: dict[str, Any]) -> Response:
     if request.output is InferOutput.json:
         return Response(json.dumps(params), media_type="application/json")
     if request.output is InferOutput.dicom_seg:
@@ -164,7 +164,7 @@ def _answer(app: Any, request: _Request, mask: Path, params: dict[str, Any]) -> 
     return Response(body.to_string(), media_type=body.content_type)
 
 
-def _dicom_seg(app: Any, request: _Request, mask: Path, params: dict[str, Any]) -> Response:
+def _dicom_seg(app: LabelApp, request: _Request, mask: Path, params: dict[str, Any]) -> Response:
     assert request.image is not None
     seg = app.datastore().as_seg(request.image, request.options["model"], params["model_version"], mask)
     with io.BytesIO() as file:

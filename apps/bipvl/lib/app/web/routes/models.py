@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 import subprocess
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -13,25 +12,20 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
-import psutil
 import torch
 from fastapi import APIRouter, Body, Depends, File, HTTPException, Query, Request, UploadFile
 from fastapi import Path as PathParameter
 from fastapi.responses import FileResponse, PlainTextResponse
-from monailabel.config import settings
-from monailabel.interfaces.tasks.batch_infer import BatchInferImageType
-from monailabel.utils.async_tasks.task import AsyncTask
-from monailabel.utils.async_tasks.utils import tasks
-from monailabel.utils.others.generic import file_checksum
 
 from lib.app.web import uploads
 from lib.app.web.access.accounts import User
 from lib.app.web.access.guard import address_of
-from lib.app.web.common import ERRORS, Services, checked, choice, current_user, known_image
+from lib.app.web.common import ERRORS, LabelApp, Services, checked, choice, current_user, known_image
 from lib.app.web.routes import choices
 from lib.app.web.routes.progress import with_progress
 from lib.scoring import cache
 from lib.stores.cases import SUFFIXES
+from lib.upstream import BatchInferImageType, file_checksum, log_file, start_task, stop_task, task_status, tasks_of
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +34,6 @@ Params = Annotated[dict[str, Any] | None, Body()]
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 LOG_LINES = 10_000
 WORK = {"train": "training", "batch_infer": "batch inference", "scoring": "scoring"}  # the words for it
-TASK_LOCK = threading.Lock()  # two starts at once must not both find nothing running
 
 
 def task_routes(services: Services) -> APIRouter:
@@ -57,7 +50,7 @@ def task_routes(services: Services) -> APIRouter:
 
     @routes.post("/activelearning/{strategy}", tags=["ActiveLearning"], summary="The image to annotate next")
     def next_sample(request: Request, user: Asker, strategy: str, params: Params = None) -> dict[str, Any]:
-        config = choice("strategy", strategy, app._strategies).info().get("config") or {}
+        config = choice("strategy", strategy, app.strategies).info().get("config") or {}
         given = choices.typed(checked(params or {}), config)
         client = str(given.get("client_id") or "")
         who = f"{user.name if services.auth else address_of(request.scope)}/{client}"
@@ -78,11 +71,11 @@ def task_routes(services: Services) -> APIRouter:
     # Training, batches, scores ------------------------------------------------------------------------------------
 
     def training(task: dict[str, Any]) -> dict[str, Any]:
-        trainer = app._trainers.get(task["request"].get("model"))
+        trainer = app.trainers.get(task["request"].get("model"))
         return with_progress(_plain(task), trainer.stats() if trainer else {})
 
     def scores(task: dict[str, Any]) -> dict[str, Any]:
-        method = app._scoring_methods.get(task["request"].get("method"))
+        method = app.scoring_methods.get(task["request"].get("method"))
         return {**_plain(task), "progress": method.info().get("progress") if method else None}
 
     _task_status(routes, "/train/", "train", "Train", "Status of training", training)
@@ -92,7 +85,7 @@ def task_routes(services: Services) -> APIRouter:
     @routes.post("/train/", tags=["Train"], summary="Train all models")
     def train_all(user: Asker, params: Params = None, run_sync: bool = False) -> dict[str, Any]:
         given = checked(params or {})
-        requests = {name: _train_request(app, name, given.get(name) or {}, user) for name in app._trainers}
+        requests = {name: _train_request(app, name, given.get(name) or {}, user) for name in app.trainers}
         return {
             name: {"result": _start("train", r, run_sync, queue=True), "detail": None} for name, r in requests.items()
         }
@@ -111,7 +104,7 @@ def task_routes(services: Services) -> APIRouter:
         params: Params = None,
         run_sync: bool = False,
     ) -> dict[str, Any]:
-        choice("model", model, app._infers)
+        choice("model", model, app.models)
         given = checked(params or {})
         wanted = given.get("images", images.value)
         if isinstance(wanted, list):
@@ -119,7 +112,7 @@ def task_routes(services: Services) -> APIRouter:
         elif wanted not in [i.value for i in BatchInferImageType]:
             raise HTTPException(400, f"images: expected all, labeled, unlabeled or a list of ids, got {wanted!r}")
         extra = ("device", "multi_gpu", "gpus", "label_tag", "max_workers", "max_batch_size")
-        request = _pick(given, {*app._infers[model].config(), *extra}, {"model": model, "images": None})
+        request = _pick(given, {*app.models[model].config(), *extra}, {"model": model, "images": None})
         gpu = torch.cuda.is_available()
         request = {"max_workers": 1, **request, "multi_gpu": gpu and bool(request.get("multi_gpu", True))}
         _check_gpus(request)
@@ -128,14 +121,14 @@ def task_routes(services: Services) -> APIRouter:
     @routes.post("/scoring/", tags=["Scoring"], summary="Run all scoring methods")
     def score_all(params: Params = None, run_sync: bool = False) -> dict[str, Any]:
         given = checked(params or {})
-        requests = {name: {**_object(given.get(name), name), "method": name} for name in app._scoring_methods}
+        requests = {name: {**_object(given.get(name), name), "method": name} for name in app.scoring_methods}
         if app.background:
             app.background.give_way()
         return {n: {"result": _start("scoring", r, run_sync, queue=True), "detail": None} for n, r in requests.items()}
 
     @routes.post("/scoring/{method}", tags=["Scoring"], summary="Run a scoring method")
     def score(method: str, params: Params = None, run_sync: bool = False) -> dict[str, Any]:
-        choice("scoring method", method, app._scoring_methods)
+        choice("scoring method", method, app.scoring_methods)
         request = {**checked(params or {}), "method": method}
         if app.background and not run_sync:
             app.background.give_way()
@@ -145,7 +138,7 @@ def task_routes(services: Services) -> APIRouter:
 
     @routes.get("/model/info/{model}", tags=["Model"], summary="Checksum and date of the served model")
     def model_info(model: str) -> dict[str, Any]:
-        choice("model", model, app._infers)
+        choice("model", model, app.models)
         found = app.model_info(model)
         if not found:
             raise HTTPException(404, f"{model}: no version is published yet")
@@ -153,14 +146,14 @@ def task_routes(services: Services) -> APIRouter:
 
     @routes.get("/model/{model}", tags=["Model"], summary="Download the served model", response_class=FileResponse)
     def download_model(model: str) -> FileResponse:
-        path = choice("model", model, app._infers).get_path()
+        path = choice("model", model, app.models).get_path()
         if not path or not Path(path).is_file():
             raise HTTPException(404, f"{model}: no version is published yet")
         return FileResponse(path, filename=f"{model}{Path(path).suffix}", media_type="application/octet-stream")
 
     @routes.put("/model/{model}", tags=["Model"], summary="Publish a checkpoint of this app as the next version")
     def upload_model(user: Asker, model: str, file: Annotated[UploadFile, File()]) -> dict[str, Any]:
-        task = choice("model", model, app._infers)
+        task = choice("model", model, app.models)
         with uploads.saved(file, (".pt",), "file") as path:
             version = task.versions.adopt(path, task.task)
         logger.info("Version %d of %s uploaded by %r", version, model, user.name)
@@ -168,11 +161,11 @@ def task_routes(services: Services) -> APIRouter:
 
     @routes.get("/model/{model}/versions", tags=["Model"], summary="The published versions, oldest first")
     def versions(model: str) -> list[dict[str, Any]]:
-        return choice("model", model, app._infers).versions.manifests()
+        return choice("model", model, app.models).versions.manifests()
 
     @routes.post("/model/{model}/versions/{version}/serve", tags=["Model"], summary="Roll back, or forward")
     def serve(user: Asker, model: str, version: Annotated[int, PathParameter(ge=1)]) -> dict[str, Any]:
-        published = choice("model", model, app._infers).versions
+        published = choice("model", model, app.models).versions
         if version not in published.numbers():
             valid = ", ".join(str(n) for n in published.numbers()) or "none yet"
             raise HTTPException(404, f"{model} has no version {version}; valid are {valid}")
@@ -182,7 +175,7 @@ def task_routes(services: Services) -> APIRouter:
 
     @routes.delete("/model/{model}", tags=["Model"], summary="Not possible: serve another version instead")
     def delete_model(model: str) -> None:
-        choice("model", model, app._infers)
+        choice("model", model, app.models)
         raise HTTPException(
             405,
             f"models are not deleted; serve another version: POST /model/{model}/versions/<n>/serve",
@@ -193,7 +186,7 @@ def task_routes(services: Services) -> APIRouter:
 
     @routes.get("/logs/", tags=["Others"], summary="The last lines of the log", response_class=PlainTextResponse)
     def logs(lines: Annotated[int, Query(ge=1, le=LOG_LINES)] = 300) -> str:
-        path = Path(settings.MONAI_LABEL_APP_DIR) / "logs" / "app.log"
+        path = log_file()
         if not path.is_file():
             raise HTTPException(404, "there is no log file")
         with path.open(encoding="utf-8", errors="replace") as file:
@@ -222,18 +215,15 @@ def _task_status(
     @routes.get(path, tags=[tag], summary=summary)
     def status(all: bool = False, check_if_running: bool = False) -> Any:
         if all and not check_if_running:
-            return [shown(task) for task in tasks(method)]
-        found, reason = AsyncTask.status(method, check_if_running=check_if_running)
+            return [shown(task) for task in tasks_of(method)]
+        found, reason = task_status(method, check_if_running)
         if found is None:
             raise HTTPException(404, reason)
         return shown(found)
 
     @routes.delete(path, tags=[tag], summary="Stop it")
     def stop() -> Any:
-        try:
-            stopped = AsyncTask.stop(method)
-        except (psutil.NoSuchProcess, StopIteration):  # it ended at this moment
-            stopped = None
+        stopped = stop_task(method)
         return shown(stopped) if stopped else None
 
 
@@ -245,11 +235,10 @@ def _plain(task: dict[str, Any]) -> dict[str, Any]:
 def _start(method: str, request: dict[str, Any], run_sync: bool, queue: bool = False) -> dict[str, Any]:
     if run_sync:
         raise HTTPException(400, "run_sync: not offered; start it, and ask for its status")
-    with TASK_LOCK:
-        busy = any(task["status"] in ("SUBMITTED", "RUNNING") for task in tasks(method))
-        if busy and not queue:
-            raise HTTPException(429, f"{WORK[method]} is already running; wait until it ends, or stop it first")
-        return _plain(AsyncTask.run(method, request=request, enqueue=True)[0])
+    task = start_task(method, request, queue)
+    if task is None:
+        raise HTTPException(429, f"{WORK[method]} is already running; wait until it ends, or stop it first")
+    return _plain(task)
 
 
 def _download(case: str, path: Path) -> dict[str, str]:
@@ -268,8 +257,8 @@ def _checksum(path: Path, modified: int, size: int) -> str:
     return file_checksum(path)
 
 
-def _train_request(app: Any, model: str, params: dict[str, Any], user: User) -> dict[str, Any]:
-    trainer = choice("model", model, app._trainers)
+def _train_request(app: LabelApp, model: str, params: dict[str, Any], user: User) -> dict[str, Any]:
+    trainer = choice("model", model, app.trainers)
     config = trainer.config()
     fixed = {"model": model, "tracking_uri": config.get("tracking_uri")}  # a path or an address on the server
     request = _pick(_object(params, model), set(config), fixed)

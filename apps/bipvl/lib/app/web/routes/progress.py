@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from datetime import datetime
 from typing import Any
 
-RUNNING = ("SUBMITTED", "RUNNING")
+from lib.upstream import is_running, started
+
 # What Python prints last when the round's process ends by an exception.
 _EXCEPTION = re.compile(r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt)?: (?P<text>.+)")
 
@@ -23,10 +23,9 @@ def with_progress(task: dict[str, Any], stats: dict[str, Any]) -> dict[str, Any]
         task: MONAI Label's status, which has its times as local time, to the second.
         stats: what the trainer of the round's task wrote last; of an earlier round they do not count.
     """
-    since = datetime.strptime(task["start_ts"], "%Y-%m-%d %H:%M:%S").timestamp()
-    if stats.get("start_ts", 0) < int(since):
+    if stats.get("start_ts", 0) < int(started(task)):
         stats = {}
-    running = task["status"] in RUNNING
+    running = is_running(task)
     return {
         **task,
         "progress": _progress(stats) if running and stats.get("epoch") else None,

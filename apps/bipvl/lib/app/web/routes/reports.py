@@ -25,7 +25,7 @@ def report_routes(services: Services) -> APIRouter:
         "/reports/{model}/{page}", tags=["Model"], summary="Report of a version's round", response_class=HTMLResponse
     )
     def report(model: str, page: str) -> HTMLResponse:
-        versions = choice("model", model, services.app._infers).versions
+        versions = choice("model", model, services.app.models).versions
         pages = _pages(versions)
         if page not in pages.values():
             raise HTTPException(404, f"no report {page[:100]!r}; {model} has {', '.join(pages.values()) or 'none yet'}")
@@ -41,7 +41,7 @@ def report_routes(services: Services) -> APIRouter:
 def report_links(services: Services) -> str:
     """HTML for the start page: a line of links a model, the newest report first; empty where there is none."""
     lines = []
-    for model, task in services.app._infers.items():
+    for model, task in services.app.models.items():
         links = [
             f'<a href="reports/{escape(model)}/{page}">version {number}</a>'
             for number, page in sorted(_pages(task.versions).items(), reverse=True)

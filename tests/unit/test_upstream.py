@@ -1,0 +1,484 @@
+"""The contract with MONAI Label, uvicorn, dicomweb-client and MONAI's engines: what lib/upstream.py relies on, fact by
+fact. After an upgrade, what fails here names what changed and what was built on it.
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import importlib.metadata
+import inspect
+import json
+import logging
+import re
+import signal
+from collections.abc import Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import monailabel
+import pytest
+import requests
+import uvicorn.server
+from dicomweb_client import DICOMwebClient
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from ignite.handlers import EarlyStopping
+from monai.engines import Evaluator, SupervisedEvaluator, SupervisedTrainer, Workflow
+from monai.handlers import ValidationHandler
+from monailabel.config import Settings
+from monailabel.interfaces.app import MONAILabelApp
+from monailabel.interfaces.tasks.batch_infer import BatchInferTask, run_infer_task
+from monailabel.tasks.infer.basic_infer import BasicInferTask
+from monailabel.tasks.train.basic_train import BasicTrainTask, Context
+from monailabel.utils.async_tasks import task as async_task
+from monailabel.utils.async_tasks import utils as async_utils
+from monailabel.utils.others import class_utils, generic
+from monailabel.utils.others.class_utils import get_class_of_subclass
+from requests.adapters import HTTPAdapter
+
+from lib import upstream
+from lib.app.bipvl import BiPVLApp
+from support import ROOT
+
+LIB = ROOT / "apps" / "bipvl" / "lib"
+MODULES = sorted(path for path in LIB.rglob("*.py") if path.name != "upstream.py")
+THEIRS = ("monailabel", "uvicorn", "dicomweb_client")
+PRIVATE = {  # of other objects, each harmless or of a package whose version does not matter
+    "_replace": "a named tuple's public method",
+    "_version": "PyTorch's count of changes of a tensor, the only way to see an optimiser's step",
+    "_modules": "highdicom's table, imported early so that the first save does not wait for it",
+}
+
+
+@pytest.mark.parametrize("package", upstream.VERSIONS)
+def test_the_version_is_the_one_that_was_checked(package):
+    checked, found = upstream.VERSIONS[package], importlib.metadata.version(package)
+    assert found == checked, (
+        f"{package} {found} is installed, the assumptions were checked with {checked}: "
+        "where all other tests of this file pass, write the new version into lib/upstream.py"
+    )
+    assert f"\n{package}=={checked} " in (ROOT / "requirements.txt").read_text()
+
+
+# Nobody else assumes anything ---------------------------------------------------------------------------------------
+
+
+def test_no_other_module_knows_them():
+    wrong = {}
+    for path in MODULES:
+        tree = ast.parse(path.read_text())
+        found = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
+        found |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        found = {name for name in found if name.split(".")[0] in THEIRS}
+        attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and not _own(node.value)]
+        found |= {a.attr for a in attributes if re.match(r"_[a-z]", a.attr)} - set(PRIVATE)
+        if found:
+            wrong[str(path.relative_to(LIB))] = found
+    assert not wrong, "private to a package or another object: give it a public name, a package's in lib/upstream.py"
+
+
+def _own(value: ast.expr) -> bool:
+    inherited = isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "super"
+    return inherited or (isinstance(value, ast.Name) and value.id in ("self", "cls"))
+
+
+# What stands in their code ------------------------------------------------------------------------------------------
+
+SIGNATURES: list[tuple[Any, str, str]] = [
+    (MONAILabelApp.__init__, "self, app_dir, studies, conf, name, description, version, labels", "BiPVLApp's start"),
+    (MONAILabelApp.init_datastore, "self", "which store the app has"),
+    (MONAILabelApp.init_infers, "self", "our models"),
+    (MONAILabelApp.init_trainers, "self", "our trainers"),
+    (MONAILabelApp.init_strategies, "self", "our strategies"),
+    (MONAILabelApp.init_scoring_methods, "self", "our scoring methods"),
+    (MONAILabelApp.init_batch_infer, "self", "batch inference"),
+    (MONAILabelApp.on_init_complete, "self", "where our routes are put in"),
+    (MONAILabelApp._load_sessions, "self, load", "our sessions, which cannot be escaped from"),
+    (MONAILabelApp.infer, "self, request, datastore", "batch inference calls it"),
+    (MONAILabelApp.scoring, "self, request, datastore", "the process of a scoring task calls it"),
+    (MONAILabelApp.next_sample, "self, request", "leases"),
+    (MONAILabelApp.on_save_label, "self, image_id, label_id", "the end of a lease"),
+    (MONAILabelApp.model_info, "self, model", "GET /model/info"),
+    (BasicInferTask.__call__, "self, request, callbacks", "BiPVLInfer"),
+    (BasicInferTask.run_inferer, "self, data, convert_to_batch, device", "BiPVLInfer"),
+    (BasicInferTask.writer, "self, data, extension, dtype", "MetaImage files"),
+    (BasicTrainTask.__call__, "self, request, datastore", "BiPVLTrain"),
+    (BasicTrainTask.train, "self, rank, world_size, request, datalist", "a fold is a nested call"),
+    (BasicTrainTask.pre_process, "self, request, datastore", "the audit of labels"),
+    (BasicTrainTask.partition_datalist, "self, context, shuffle", "a case that validated never trains"),
+    (BasicTrainTask.finalize, "self, context", "publishing"),
+    (BasicTrainTask.cleanup, "self, request", "a fold's cache"),
+    (BasicTrainTask.train_data_loader, "self, context, num_workers, shuffle", "the trainer's engine"),
+    (BasicTrainTask.val_data_loader, "self, context, num_workers", "the evaluator's engine"),
+    (BasicTrainTask._create_evaluator, "self, context", "our engine"),
+    (BasicTrainTask._create_trainer, "self, context", "our engine"),
+    (BatchInferTask.__call__, "self, request, datastore, infer", "batch inference"),
+    (run_infer_task, "req, datastore, infer", "batch inference"),
+    (async_utils.run_background_task, "request, method, callback, debug", "tasks"),
+    (class_utils.get_class_of_subclass_from_file, "module_name, file_path, class_c", "how the app is found"),
+    (DICOMwebClient.search_for_series, None, "the list of images: search_filters, offset"),
+    (DICOMwebClient.retrieve_instance_metadata, None, "headers of a SEG"),
+    (DICOMwebClient.iter_series, None, "downloads: media_types"),
+    (DICOMwebClient.store_instances, None, "saved labels"),
+    (HTTPAdapter.send, "self, request, stream, timeout, verify, cert, proxies", "time limits"),
+    (Evaluator.run, "self, global_epoch", "the epoch that a validation belongs to"),
+]
+NEEDED = {
+    DICOMwebClient.search_for_series: ("search_filters", "offset"),
+    DICOMwebClient.retrieve_instance_metadata: (
+        "study_instance_uid",
+        "series_instance_uid",
+        "sop_instance_uid",
+    ),
+    DICOMwebClient.iter_series: ("study_instance_uid", "series_instance_uid", "media_types"),
+    DICOMwebClient.store_instances: ("datasets",),
+}
+
+
+@pytest.mark.parametrize(("function", "expected", "built"), SIGNATURES, ids=lambda v: getattr(v, "__qualname__", ""))
+def test_what_is_called_or_overridden_takes_the_same(function, expected, built):
+    found = list(inspect.signature(function).parameters)
+    if expected is None:
+        assert set(NEEDED[function]) <= set(found), f"{function.__qualname__} takes {found}; built on it: {built}"
+    else:
+        assert ", ".join(found) == expected, f"{function.__qualname__} changed; built on it: {built}"
+
+
+FACTS: list[tuple[Any, str, str]] = [
+    (MONAILabelApp.__init__, "self._infers = self.init_infers()", "upstream.models"),
+    (MONAILabelApp.__init__, "self._trainers = self.init_trainers()", "upstream.trainers"),
+    (MONAILabelApp.__init__, "self._strategies = self.init_strategies()", "upstream.strategies"),
+    (MONAILabelApp.__init__, "self._scoring_methods = self.init_scoring_methods()", "upstream.scoring_methods"),
+    (MONAILabelApp.__init__, "self._auto_update_scoring = settings.", "upstream.take_over_scoring"),
+    (MONAILabelApp.__init__, "self._sessions = self._load_sessions(load=settings.MONAI_LABEL_SESSIONS)", "sessions"),
+    (MONAILabelApp.train, "if self._auto_update_scoring:", "upstream.take_over_scoring"),
+    (MONAILabelApp.on_init_complete, "instance.cleanup_sessions()", "expired sessions go"),
+    (MONAILabelApp.cleanup_sessions, "self._sessions.remove_expired()", "Sessions.remove_expired"),
+    (MONAILabelApp.model_info, "self.model_file(model)", "GET /model/info"),
+    (MONAILabelApp.model_file, "task.get_path(validate)", "GET /model/info"),
+    (MONAILabelApp._download_dcmqi_tools, "shutil.which(tool)", "no download where dcmqi is installed"),
+    (class_utils.is_subclass, "o.__bases__", "the app class is a direct subclass"),
+    (class_utils.unload_module, "del sys.modules[m]", "modules are imported eagerly: lib is wiped when an app loads"),
+    (async_task.AsyncTask.run, "return run_background_task(request, method), None", "upstream.start_task"),
+    (async_task.AsyncTask.run, 'instance.info().get("config", {})', "our info() names no options of tasks"),
+    (async_utils._task_func, '"monailabel.interfaces.utils.app"', "tasks run in processes of their own"),
+    (async_utils._task_func, 'task["details"] = deque(', "the last lines of a task"),
+    (async_utils._task_func, 'my_env["CUDA_VISIBLE_DEVICES"] = gpus', "the option gpus"),
+    (async_utils.run_background_task, '"start_ts": datetime.today().strftime("%Y-%m-%d %H:%M:%S")', "upstream.started"),
+    (async_utils.stop_background_task, "psutil.Process(pid=process.pid)", "upstream.stop_task"),
+    (generic.init_log_config, 'os.path.join(app_dir, "logs")', "upstream.log_file"),
+    (BasicInferTask.__call__, 'strtobool(data.get("skip_writer"))', "the web refuses skip_writer"),
+    (BasicTrainTask.train, 'context.max_epochs = request["max_epochs"]', "a fold's epochs"),
+    (BasicTrainTask.train, 'f"cache_{context.run_id}"', "rounds.only_round clears killed rounds' caches"),
+    (BasicTrainTask.stats, "json.load", "upstream.TrainTask.stats_file"),
+    (BatchInferTask.__call__, 'req["save_label"] = True', "batch inference keeps its masks"),
+    (run_infer_task, 'remove_file(r.get("file"))', "batch inference removes its temporary masks"),
+    (uvicorn.server.Server.capture_signals, "signal.signal(sig, self.handle_exit)", "upstream.at_shutdown"),
+    (uvicorn.server.Server._serve, "self.lifespan = config.lifespan_class(config)", "upstream.at_shutdown"),
+    (uvicorn.server.Server.shutdown, "await self.lifespan.shutdown()", "upstream.at_shutdown"),
+    (ValidationHandler.__call__, "self.validator.run(engine.state.epoch)", "the best epoch is the trainer's"),
+    (Workflow.__init__, "best_metric_epoch=-1", "the best epoch so far is kept"),
+    (EarlyStopping.load_state_dict, 'state_dict["best_score"]', "a resumed round's patience"),
+]
+
+
+@pytest.mark.parametrize(("place", "text", "built"), FACTS, ids=lambda v: getattr(v, "__qualname__", None))
+def test_their_code_still_says(place, text, built):
+    assert text in inspect.getsource(place), f"{place.__qualname__} no longer has {text!r}; built on it: {built}"
+
+
+def test_statuses_of_tasks_are_known():
+    found = set(re.findall(r'"status"\]?(?: =|:) "([A-Z]+)"', inspect.getsource(async_utils)))
+    assert found == {"SUBMITTED", "RUNNING", "DONE", "STOPPED"}, "upstream.RUNNING, and how a round's end is told"
+    assert '"DONE" if process.returncode == 0 else "ERROR"' in inspect.getsource(async_utils._task_func)
+
+
+def test_settings_that_we_read_exist():
+    named = {
+        name
+        for p in (*MODULES, LIB / "upstream.py")
+        for name in re.findall(r"MONAI_LABEL_[A-Z_]+[A-Z](?![A-Z_])", p.read_text())
+    }
+    assert not named - set(Settings.model_fields), "MONAI Label renamed or dropped these"
+    assert len(named) > 20
+
+
+def test_defaults_of_a_train_task_are_these():
+    """Options that MONAI Label adds would be shown to annotators."""
+    options = BasicTrainTask.__init__
+    defaults = set(re.findall(r'^            "(\w+)":', inspect.getsource(options), re.MULTILINE))
+    assert defaults == {
+        *("name", "pretrained", "device", "max_epochs", "early_stop_patience", "val_split", "train_batch_size"),
+        *("val_batch_size", "multi_gpu", "gpus", "dataset", "dataloader", "tracking", "tracking_uri"),
+        "tracking_experiment_name",
+    }
+
+
+def test_the_context_of_a_round_has_what_we_read():
+    text = "\n".join(path.read_text() for path in (LIB / "trainers").glob("*.py"))
+    read = set(re.findall(r"\bcontext\.([a-z_]+)\b", text)) - {"schedule"}  # ours
+    assert len(read) > 10
+    assert read <= set(vars(Context()))
+
+
+@pytest.mark.parametrize("engine", [SupervisedTrainer, SupervisedEvaluator])
+def test_engines_take_our_steps(engine):
+    taken = set(inspect.signature(engine.__init__).parameters)
+    assert {"iteration_update", "decollate", "network", "device", "additional_metrics"} <= taken
+
+
+def test_the_viewer_comes_along():
+    page = (upstream.OHIF / "index.html").read_text()
+    assert "<script defer" in page, "our panel is put before it"
+
+
+# What they do with what we give them --------------------------------------------------------------------------------
+
+
+def test_the_app_is_found_by_its_name():
+    main = SimpleNamespace(BiPVLApp=BiPVLApp, cli=print)
+    assert get_class_of_subclass(main, "MONAILabelApp") is BiPVLApp
+
+
+def test_within_dicom_store_the_app_builds_our_store():
+    given: dict[str, Any] = {}
+
+    def make(**more: Any) -> str:
+        given.update(more)
+        return "ours"
+
+    app = SimpleNamespace(studies="http://127.0.0.1:1/dicom-web", _download_dcmqi_tools=lambda: None)
+    before = upstream.app_module.DICOMWebDatastore
+    with upstream.dicom_store(make):
+        assert MONAILabelApp._init_dicomweb_datastore(app) == "ours"
+    assert isinstance(given.pop("client"), DICOMwebClient)
+    assert set(given) == {"search_filter", "cache_path", "fetch_by_frame", "convert_to_nifti"}
+    assert upstream.app_module.DICOMWebDatastore is before
+
+
+def test_scoring_is_taken_over_once():
+    app = SimpleNamespace(_auto_update_scoring=True)
+    assert [upstream.take_over_scoring(app), upstream.take_over_scoring(app)] == [True, False]
+
+
+def test_the_stock_application_is_where_we_look_for_it(monkeypatch):
+    source = (Path(monailabel.__file__).parent / "app.py").read_text()
+    assert "\napp = FastAPI(" in source
+    assert source.index("instance.on_init_complete()") < source.index("    yield"), "before the first request"
+    monkeypatch.setitem(upstream.sys.modules, "monailabel.app", SimpleNamespace(app="something else"))
+    with pytest.raises(RuntimeError, match="another structure"):
+        upstream.stock_application()
+
+
+def test_what_replaces_the_application_at_its_start_answers():
+    @asynccontextmanager
+    async def lifespan(app: FastAPI):
+        assert app.middleware_stack is not None, "built before the lifespan begins"
+        upstream.replace_application(app, ours)
+        yield
+
+    async def ours(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 418, "headers": []})
+        await send({"type": "http.response.body", "body": b"ours"})
+
+    stock = FastAPI(lifespan=lifespan)
+    stock.get("/")(lambda: "theirs")
+    with TestClient(stock) as client:
+        assert (client.get("/").status_code, client.get("/docs").text) == (418, "ours")
+
+
+def test_a_call_at_shutdown_comes_after_the_servers_own(monkeypatch):
+    done: list[str] = []
+
+    class Lifespan:
+        async def shutdown(self) -> None:
+            done.append("server")
+
+    class Server:
+        lifespan = Lifespan()
+
+        def handle_exit(self, *_: Any) -> None: ...
+
+    server = Server()
+    monkeypatch.setattr(signal, "getsignal", lambda _: server.handle_exit)
+    upstream.at_shutdown(lambda: done.append("ours"))
+    asyncio.run(server.lifespan.shutdown())
+    assert done == ["server", "ours"]
+    monkeypatch.setattr(signal, "getsignal", lambda _: signal.SIG_DFL)
+    upstream.at_shutdown(lambda: done.append("never"))  # another server: nothing to hold on to
+    assert done == ["server", "ours"]
+
+
+def test_handlers_of_loggers_that_pass_nothing_on_are_found():
+    log = logging.getLogger("uvicorn.access")
+    handler = logging.NullHandler()
+    log.addHandler(handler)
+    try:
+        assert handler in upstream.log_handlers()
+    finally:
+        log.removeHandler(handler)
+
+
+# Tasks --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def table(monkeypatch) -> Iterator[list[dict[str, Any]]]:
+    """MONAI Label's table of tasks of one method; nothing is started."""
+    found: list[dict[str, Any]] = []
+    monkeypatch.setitem(async_utils.background_tasks, "some", found)
+
+    def run(request: Any, method: str) -> dict[str, Any]:
+        found.append({"status": "SUBMITTED", "request": request, "start_ts": "2026-01-01 10:00:00"})
+        return found[-1]
+
+    monkeypatch.setattr(async_task, "run_background_task", run)
+    monkeypatch.setattr(async_task, "app_instance", lambda: SimpleNamespace(info=dict, bundle_path=lambda _: None))
+    yield found
+
+
+def test_one_task_of_a_method_unless_it_may_wait(table):
+    first = upstream.start_task("some", {"model": "a"}, queue=False)
+    assert first is not None and first["request"] == {"model": "a"} and upstream.is_running(first)
+    assert upstream.start_task("some", {}, queue=False) is None
+    assert upstream.start_task("some", {}, queue=True) is table[1]
+    assert upstream.task_status("some", only_running=False) == (table[1], None)
+    assert upstream.task_status("some", only_running=True)[0] is None, "no process"
+    for task in table:
+        task["status"] = "DONE"
+    assert upstream.start_task("some", {}, queue=False) is table[2]
+    assert upstream.started(table[0]) % 60 == 0
+
+
+def test_stopping_what_just_ended_is_no_error(table):
+    table.append({"id": "1", "status": "RUNNING"})
+    async_utils.background_processes["some"] = {"1": SimpleNamespace(pid=2**22 + 1)}  # above the largest process id
+    try:
+        assert upstream.stop_task("some") is None
+    finally:
+        del async_utils.background_processes["some"]
+    assert upstream.stop_task("some") is None
+
+
+# Models and rounds --------------------------------------------------------------------------------------------------
+
+
+def test_an_inference_calls_our_steps_in_this_order():
+    steps: list[str] = []
+
+    class Task(upstream.InferTask):
+        def pre_transforms(self, data: Any = None) -> list:
+            assert data["image_path"] == data["image"] == "case.nii.gz" and data["overlap"] == 0.5
+            data["options"].append("a copy")
+            return [lambda d: {**d, "loaded": steps.append("load")}]
+
+        def run_inferer(self, data: Any, convert_to_batch: bool = True, device: str = "cuda") -> Any:
+            steps.append(f"infer on {device}")
+            return data
+
+        def inverse_transforms(self, data: Any = None) -> None:
+            return None
+
+        def post_transforms(self, data: Any = None) -> list:
+            return [lambda d: {**d, "restored": steps.append("restore")}]
+
+        def writer(self, data: Any, extension: Any = None, dtype: Any = None) -> Any:
+            assert {"loaded", "restored"} <= set(data)
+            steps.append("write")
+            return "mask.nii.gz", {}
+
+    task = Task(None, None, upstream.InferType.SEGMENTATION, {"liver": 1}, 3, "", config={"overlap": 0.5})
+    request = {"image": "case.nii.gz", "device": "cpu", "options": []}
+    file, result = task(request)
+    assert steps == ["load", "infer on cpu", "restore", "write"]
+    assert request["options"] == [], "requests are copied"
+    assert file == "mask.nii.gz" and result["label_names"] == {"liver": 1} and "total" in result["latencies"]
+    assert set(task.defaults) == {"overlap", "device"}
+
+
+def test_a_round_calls_our_steps_in_this_order(tmp_path):
+    steps: list[str] = []
+
+    class Net:
+        def to(self, _: Any) -> Net:
+            return self
+
+    class Trainer:
+        state = SimpleNamespace(
+            epoch=1, max_epochs=1, best_metric=-1, best_metric_epoch=-1, metrics={}, key_metric_name=None
+        )
+
+        def run(self) -> None:
+            steps.append("run")
+
+        def get_stats(self) -> dict[str, Any]:
+            return {}
+
+    class Task(upstream.TrainTask):
+        def pre_process(self, request: Any, datastore: Any) -> list:
+            steps.append(f"pre_process {request['max_epochs']}")
+            return [{"id": "a"}]
+
+        def partition_datalist(self, context: Context, shuffle: bool = False) -> tuple[list, list]:
+            steps.append("partition_datalist")
+            assert context.request["run_id"] == context.run_id and context.datalist == [{"id": "a"}]
+            return context.datalist, []
+
+        def network(self, context: Context) -> Net:
+            steps.append("network")
+            return Net()
+
+        def optimizer(self, context: Context) -> str:
+            steps.append("optimizer")
+            return "optimizer"
+
+        def evaluator(self, context: Context) -> None:
+            steps.append("evaluator")
+
+        def trainer(self, context: Context) -> Trainer:
+            steps.append("trainer")
+            assert context.evaluator is None and context.optimizer == "optimizer"
+            return Trainer()
+
+        def finalize(self, context: Context) -> None:
+            steps.append("finalize")
+            Path(context.output_dir, "here").touch()
+            self.stats_file.write_text(json.dumps({"epoch": 7}))
+
+        def cleanup(self, request: Any) -> None:
+            steps.append("cleanup")
+
+        loss_function = train_pre_transforms = train_post_transforms = val_inferer = network
+
+    task = Task(str(tmp_path), "", config={"name": "run", "max_epochs": 3}, tracking="None")
+    task({"device": "cpu", "multi_gpu": False, "dataset": "Dataset", "dataloader": "DataLoader"}, None)
+    expected = ["partition_datalist", "network", "optimizer", "evaluator", "trainer", "finalize", "run", "cleanup"]
+    assert steps == ["pre_process 3", *expected]
+    assert (tmp_path / "run" / "here").exists(), "the folder of a run"
+    assert task.stats() == {"epoch": 7} and task.defaults["max_epochs"] == 3
+
+
+# The archive's client -----------------------------------------------------------------------------------------------
+
+
+def test_the_archives_client_gives_up_in_time_and_counts(monkeypatch):
+    sent: list[Any] = []
+
+    def send(self: Any, request: Any, *_: Any, **more: Any) -> requests.Response:
+        sent.append((request.headers["Connection"], more["timeout"]))
+        answer = requests.Response()
+        answer.status_code, answer._content = 503, b""
+        return answer
+
+    waited: list[float] = []
+    client = DICOMwebClient(url="http://127.0.0.1:1/dicom-web")
+    monkeypatch.setattr(HTTPAdapter, "send", send)
+    upstream.limit_waiting(client, 5, 30, waited.append)
+    with pytest.raises(requests.HTTPError):
+        client.search_for_series(search_filters={"Modality": "CT"}, offset=0)
+    assert sent == [("close", (5, 30))], "not tried again, and on a connection of its own"
+    assert len(waited) == 1 and waited[0] >= 0
+    assert client.base_url == "http://127.0.0.1:1/dicom-web"
