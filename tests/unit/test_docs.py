@@ -21,6 +21,10 @@ from support import ROOT
 
 DOCUMENTS = [ROOT / n for n in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted((ROOT / "docs").rglob("*.md"))
 README = (ROOT / "README.md").read_text()
+OWN_TASK = (ROOT / "docs" / "using" / "own-task.md").read_text()
+REQUESTS = (ROOT / "docs" / "using" / "requests.md").read_text()
+SERVER = (ROOT / "docs" / "running" / "server.md").read_text()
+COMMAND_LINE = (ROOT / "docs" / "running" / "command-line.md").read_text()
 TRAINING = (ROOT / "docs" / "running" / "training.md").read_text()
 COMMANDS = typer.main.get_command(app)
 
@@ -61,8 +65,8 @@ def table_options(text: str) -> list[str]:
 
 @pytest.fixture
 def own_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the files of the README's example, under the names that it gives them."""
-    named = re.findall(r"^`([\w-]+\.yaml)`\n\n```yaml\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    """A folder with the files of own-task.md, under the names that it gives them."""
+    named = re.findall(r"^`([\w-]+\.yaml)`\n\n```yaml\n(.*?)^```", OWN_TASK, re.DOTALL | re.MULTILINE)
     assert [name for name, _ in named] == ["my-task.yaml", "my-concepts.yaml"]
     for name, text in named:
         (tmp_path / name).write_text(text)
@@ -70,7 +74,7 @@ def own_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "my-task.yaml"
 
 
-# The README's example
+# The example of a user's own task
 
 
 def test_the_own_task_loads_passes_the_check_and_builds(own_task):
@@ -81,13 +85,13 @@ def test_the_own_task_loads_passes_the_check_and_builds(own_task):
 
 
 def test_every_yaml_block_is_part_of_that_example(own_task):
-    assert len(blocks(README, "yaml")) == 2
+    assert len(blocks(OWN_TASK, "yaml")) == 2
 
 
 def test_review_and_choices_named_in_the_example(own_task):
     """What its comments offer instead is valid too."""
     concepts = own_task.with_name("my-concepts.yaml")
-    signed = re.search(r"# or (\{status: reviewed.*\})", README)[1]
+    signed = re.search(r"# or (\{status: reviewed.*\})", OWN_TASK)[1]
     concepts.write_text(concepts.read_text().replace("{status: unreviewed}", signed))
     own_task.write_text(own_task.read_text().replace("{mode: range, low: -1000, high: 300}", "{mode: nonzero}"))
     task = load_task(own_task)
@@ -147,8 +151,7 @@ def test_dotted_settings_named_anywhere_are_keys_of_a_task():
 
 
 def test_request_options_are_all_there_and_no_other(tmp_path):
-    section = README.split("### Request options")[1].split("\n## ")[0]
-    options = table_options(section)
+    options = table_options(REQUESTS.split("```python")[0])
     assert sorted(options) == sorted(BiPVLInfer(load_task("quickstart"), tmp_path).config())
 
 
@@ -161,7 +164,7 @@ def test_training_options_are_all_there_and_no_other(tmp_path):
 
 
 def test_python_and_json_examples(tmp_path):
-    (code,) = blocks(README, "python")
+    (code,) = blocks(REQUESTS, "python")
     calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
     (infer,) = (call for call in calls if ast.unparse(call.func) == "client.infer")
     assert ast.literal_eval(infer.args[0]) in list_tasks()
@@ -176,11 +179,25 @@ def test_python_and_json_examples(tmp_path):
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
 def test_links_lead_somewhere(path):
-    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+    for target, heading in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", path.read_text()):
         if target.startswith("http"):
             assert target == "https://arxiv.org/abs/2503.23534"
-        else:
-            assert (path.parent / target).is_file(), target
+            continue
+        page = path.parent / target if target else path
+        assert page.is_file(), target
+        assert not heading or heading in anchors(page.read_text()), f"{target}#{heading}"
+
+
+def anchors(text: str) -> set[str]:
+    """What a link to a heading of the page may name: the heading in lower case, hyphens for spaces."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_page_stands_in_the_index():
+    index = (ROOT / "docs" / "README.md").read_text()
+    for path in sorted((ROOT / "docs").glob("*/*.md")):
+        assert f"]({path.relative_to(ROOT / 'docs')})" in index, path
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
@@ -205,12 +222,13 @@ def test_no_path_of_one_machine_and_no_other_host(path):
 
 
 def test_tasks_text_formats_and_backbones_are_all_named():
-    for name in (*list_tasks(), *TEXT_FORMATS, *VISION_BACKBONES):
-        assert f"`{name}`" in README, name
+    for page, names in ((SERVER, list_tasks()), (OWN_TASK, (*TEXT_FORMATS, *VISION_BACKBONES))):
+        for name in names:
+            assert f"`{name}`" in page, name
 
 
 def test_the_text_encoder_named_is_the_default():
-    assert f"`{ModelSpec().text}`" in README
+    assert f"`{ModelSpec().text}`" in SERVER
     assert {load_task(n).model.text for n in list_tasks() if n != "quickstart"} == {ModelSpec().text}
 
 
@@ -226,5 +244,5 @@ def test_changelog_has_the_version_of_the_project():
 
 
 def test_data_list_example_is_json_but_for_the_dots():
-    example = re.search(r"`(\{\"image\".*?\})`", README)[1]
+    example = re.search(r"`(\{\"image\".*?\})`", COMMAND_LINE)[1]
     assert set(json.loads(example.replace("…", '"x"'))) == {"image", "label"}
