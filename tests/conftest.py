@@ -1,21 +1,40 @@
 """Shared fixtures: the app's modules are importable as `lib`, real volumes are found beside the repository."""
 
+from __future__ import annotations
+
+import gc
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from lib.volumes.phantoms.studies import write_studies
 from support import FAULTS, ROOT
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for a hub; read when transformers is imported
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+# One thread each, here and in every process that tests start: there is a worker a core, and the networks are tiny.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.register_at_fork(after_in_child=gc.disable)  # a collection would copy the whole heap into the child
 
 pytest.register_assert_rewrite("support.browser")  # what failed is said there as in tests
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[FAULTS] = []
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["faults"] = session.config.stash[FAULTS]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """What the workers of pytest-xdist have tried is told in one place."""
+    node.config.stash[FAULTS] += map(tuple, getattr(node, "workeroutput", {}).get("faults", []))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -36,7 +55,9 @@ def real_data() -> Path:
 
 @pytest.fixture(scope="session")
 def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three phantoms with labels; tests do not change them."""
-    folder = tmp_path_factory.mktemp("studies")
-    write_studies(folder, cases=3, labelled=3, seed=1)
+    """Three phantoms with labels, drawn once for all workers; tests do not change them."""
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "phantoms"
+    with FileLock(f"{folder}.lock"):
+        write_studies(folder, cases=3, labelled=3, seed=1)  # those that are there are left alone
     return folder

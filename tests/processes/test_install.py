@@ -153,7 +153,29 @@ def test_test_installs_the_development_lock_too(workplace: Workplace) -> None:
     result = workplace.run("test", "-k", "two words")
     assert result.returncode == 0, result.stderr
     assert any("requirements-dev.txt" in c for c in workplace.uv_calls)
-    assert result.stdout.splitlines()[-6:] == ["<-m>", "<pytest>", "<-m>", "<not slow>", "<-k>", "<two words>"]
+    assert "<-m>\n<pytest>\n<-m>\n<not slow>\n" in result.stdout
+    assert result.stdout.splitlines()[-2:] == ["<-k>", "<two words>"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reach", "parallel"),
+    [
+        (("--changed",), ["<--testmon>"], True),
+        (("-x", "--changed", "tests/unit"), ["<-x>", "<--testmon>", "<tests/unit>"], True),
+        (("tests/a b.py",), ["<tests/a b.py>"], False),
+        (("tests/a.py::test_b[1]", "--changed"), ["<tests/a.py::test_b[1]>", "<--testmon>"], False),
+        (("--pdb",), ["<--pdb>"], False),
+        ((), [], True),
+    ],
+)
+def test_tests_run_on_the_cores_and_changed_ones_alone(
+    workplace: Workplace, arguments: tuple[str, ...], reach: list[str], parallel: bool
+) -> None:
+    result = workplace.run("test", *arguments)
+    assert result.returncode == 0, result.stderr
+    given = result.stdout[result.stdout.index("<-m>\n<pytest>") :].splitlines()
+    cores = ["<-n>", "<logical>", "<--maxprocesses>", "<4>", "<--dist>", "<loadfile>", "<--no-loadscope-reorder>"]
+    assert given == ["<-m>", "<pytest>", "<-m>", "<not slow>", *(cores if parallel else []), *reach]
 
 
 def test_launcher_keeps_arguments_and_finds_its_environment(workplace: Workplace) -> None:
