@@ -13,13 +13,13 @@ from lib.model.predict import content, predict
 from lib.volumes.transforms import apply, load
 from support.helpers import tiny_task, write_nifti
 
-PATCH = (48, 48, 48)
+PATCH = (32, 32, 32)
 NOISE_HU = 30
 
 
 def task_of(low: float, **changes):
     small = {"vision": "unet", "feature_size": 4}
-    return tiny_task(patch=PATCH, model=small, intensity={"low": low, "high": 250}, **changes)
+    return tiny_task(patch=PATCH, overlap=0.1, model=small, intensity={"low": low, "high": 250}, **changes)
 
 
 def air(shape, seed=0):
@@ -87,7 +87,7 @@ def test_real_ct_in_a_wide_field_of_view(low, real_data, tmp_path, monkeypatch):
     wide = air((2 * voxels.shape[0], *voxels.shape[1:]))
     wide[: voxels.shape[0]] = voxels
     wide[-3:, :4, :4] = 300  # something dense in the far corner: the crop to the foreground keeps the whole width
-    task = task_of(low, spacing=[3.0, 3.0, 3.0], overlap=0.1)
+    task = task_of(low, spacing=[6.0, 6.0, 6.0])
     path = write_nifti(tmp_path / "wide.nii.gz", wide, source.affine)
     image = apply(load(task, label=False), {"image": str(path)})["image"]
     torch.manual_seed(0)

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from lib.stores.cases import image_id
+from lib.trainers import BiPVLTrain
 from lib.trainers.gate import decide
 from lib.trainers.judging import judge
-from lib.volumes.phantoms.studies import write_studies
-from support.training import Cases, phantom_cases, small_trainer
+from support.helpers import tiny_task, write_nifti
+from support.training import Cases
 
 CLASSES = ("liver", "spleen")
 ROUND = {"val_split": 0.25, "patches_per_case": 2, "tracking": "None", "device": "cpu"}
@@ -104,19 +105,40 @@ def test_table_and_plain_data_say_the_same():
     assert (data["publish"], data["judged"], data["cases"]) == (False, True, ["a"])
 
 
-# With models: a small network that has learned from phantoms, and copies of it that were made worse
+# With models: a small network that has learned a few boxes, and copies of it that were made worse
+
+
+HU = (-100, 120, 220, 20)  # of the background and of the three organs
+# A channel a class, which can be damaged one by one. Three boxes of clear contrast are learned in a few dozen steps.
+TASK = tiny_task(
+    patch=[32, 16, 16],
+    model={"vision": "unet", "feature_size": 4, "head": "fixed"},
+    augmentation={"rotate_probability": 0, "intensity_probability": 0},
+)
+
+
+def boxes(folder, number):
+    """A case with a box for each organ, at places of its own."""
+    rng = np.random.default_rng(number)
+    x, y, z = rng.integers(0, 3, 3)
+    label = np.zeros((16, 16, 16), np.uint8)
+    label[1 + x : 7 + x, 1 + y : 14 + y, 2:13] = 1
+    label[8 + x : 13 + x, 1 + y : 6 + y, 2:13] = 2
+    label[8 + x : 13 + x, 7 + y : 12 + y, 1 + z : 13 + z] = 3
+    image = (np.array(HU)[label] + rng.normal(0, 10, label.shape)).astype(np.int16)
+    return {
+        "image": str(write_nifti(folder / f"case_{number:03}.nii.gz", image)),
+        "label": str(write_nifti(folder / f"case_{number:03}_label.nii.gz", label)),
+    }
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Two rounds of the same task: a short one, then one that learns. The trainer, its cases and the log of both."""
+    """Two rounds of the same task: a short one, then one that learns. The trainer and its cases."""
     folder = tmp_path_factory.mktemp("gate")
-    write_studies(folder / "studies", cases=4, labelled=4, seed=1)
-    cases = phantom_cases(folder / "studies", 4)
-    # With a channel a class, which can be damaged one by one.
-    changes = {"training.language_learning_rate": "1e-4", "model.head": "fixed"}
-    trainer = small_trainer(folder / "models", **changes)
-    for epochs, rate in ((1, 1e-3), (45, 1e-2)):
+    cases = Cases(boxes(folder, number) for number in range(4))
+    trainer = BiPVLTrain(TASK, folder / "models" / TASK.name)
+    for epochs, rate in ((1, 1e-3), (24, 1e-2)):
         trainer({**ROUND, "max_epochs": epochs, "learning_rate": rate}, cases)
     return trainer, cases
 
@@ -141,7 +163,7 @@ def test_a_better_round_is_published(trained):
     assert means["candidate"] > means["served"] + 0.1, "it has learned something, or the tests below mean nothing"
     assert second["gate"]["cases"] == second["validated_on"]
     assert trainer.stats()["gate"]["publish"] is True
-    assert "phantom_000" in trainer.stats()["audit"]["table"]
+    assert "case_000" in trainer.stats()["audit"]["table"]
 
 
 def test_the_same_model_passes(trained):
@@ -206,7 +228,7 @@ def test_a_round_with_wrong_labels_is_kept_and_the_served_file_stays(trained, tm
         label = nib.load(case["label"])
         values = np.asarray(label.dataobj)
         path = tmp_path / f"{image_id(case['image'])}.nii.gz"
-        nib.save(nib.Nifti1Image(np.where(values > 0, values % 6 + 1, 0).astype(np.uint8), label.affine), path)
+        nib.save(nib.Nifti1Image(np.where(values > 0, values % 3 + 1, 0).astype(np.uint8), label.affine), path)
         validates = image_id(case["image"]) in trainer.versions.manifest(2)["validated_on"]
         wrong.append(case if validates else {**case, "label": str(path)})
     with caplog.at_level("INFO"):
@@ -215,7 +237,7 @@ def test_a_round_with_wrong_labels_is_kept_and_the_served_file_stays(trained, tm
     assert served.read_bytes() == before
     kept = trainer.versions.manifest(3)
     assert (kept["status"], kept["parent"], kept["gate"]["publish"]) == ("kept", 2, False)
-    assert "POST /model/quickstart/versions/3/serve" in caplog.text
+    assert "POST /model/tiny/versions/3/serve" in caplog.text
     assert trainer.stats()["served"] == 2
     trainer.versions.serve(3, why="test")
     trainer.versions.serve(2, why="test")
