@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import math
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypedDict
 
 from lib.files import write_json
+from lib.stores.locks import Lock, Order
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,8 @@ class Leases:
         if not 0 <= self.seconds < math.inf:
             raise ValueError(f"lease_minutes: expected a number of minutes, 0 for no leases, found {minutes!r}")
         self.path = path
-        self.lock = threading.RLock()  # to be held from asking what is taken until leasing the choice
+        # To be held from asking what is taken until leasing the choice.
+        self.lock = Lock(Order.LEASES, "the list of who works on which case")
         self._clock = clock
         self._leases = self._load()
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fastapi import HTTPException
 
@@ -25,10 +25,12 @@ from lib.scoring.background import METHOD, Background
 from lib.scoring.methods import SERVER
 from lib.scoring.turns import Turns
 from lib.stores.dicom.store import DicomStore
-from lib.stores.local import FINAL, UNCERTAINTY, LocalStore
+from lib.stores.interface import Store
+from lib.stores.labelfolder import FINAL, UNCERTAINTY
+from lib.stores.local import LocalStore
 from lib.tasks import Task, TaskError, load_task
 from lib.trainers import BiPVLTrain
-from lib.upstream import Datastore, MONAILabelApp, ScoringMethod, Strategy, settings
+from lib.upstream import MONAILabelApp, ScoringMethod, Strategy, settings
 from lib.volumes.series import SeriesError
 
 logger = logging.getLogger(__name__)
@@ -94,10 +96,14 @@ class BiPVLApp(MONAILabelApp):
         """Ways to score cases, by name."""
         return upstream.scoring_methods(self)
 
-    def init_datastore(self) -> Datastore:
+    def datastore(self) -> Store:
+        """The images and labels that this server works on."""
+        return cast(Store, super().datastore())
+
+    def init_datastore(self) -> Store:
         if self.studies.startswith(("http://", "https://")):
             with upstream.dicom_store(partial(DicomStore, tasks=tuple(self.tasks.values()), software=VERSION)):
-                return super().init_datastore()
+                return cast(Store, super().init_datastore())
         return LocalStore(self.studies, settings.MONAI_LABEL_DATASTORE_READ_ONLY, tuple(self.tasks.values()))
 
     def on_init_complete(self) -> None:
@@ -107,7 +113,7 @@ class BiPVLApp(MONAILabelApp):
         install(self)
         os.environ[SERVER] = str(os.getpid())
         method = self.scoring_methods.get(METHOD)
-        wanted = self.score_cases and self._fill_scores and not getattr(self.datastore(), "read_only", False)
+        wanted = self.score_cases and self._fill_scores and not self.datastore().read_only
         if wanted and isinstance(method, CaseScoring):
             self.background = Background(method, self.datastore())
             self.background.start()
@@ -178,14 +184,13 @@ class BiPVLApp(MONAILabelApp):
         if self.datastore().get_label_by_image_id(image_id, FINAL):
             self.leases.release(image_id)
 
-    def infer(self, request: dict[str, Any], datastore: Any = None) -> dict[str, Any]:
+    def infer(self, request: dict[str, Any], datastore: Store | None = None) -> dict[str, Any]:
         """Segment an image of the datastore, never another file. What a user got wrong is an answer that says so."""
         store, image = datastore or self.datastore(), request.get("image")
         if not isinstance(image, str) or image not in store.list_images():
             raise HTTPException(404, f"unknown image {image!r}; the datastore has {len(store.list_images())} images")
         result = self.infer_file(request, Path(store.get_image_uri(image)))
-        if isinstance(store, DicomStore):
-            store.propose(image, request["model"], result["params"]["model_version"], Path(result["file"]))
+        store.propose(image, request["model"], result["params"]["model_version"], Path(result["file"]))
         if request.get("save_label"):
             info = {"model": request["model"], "params": result["params"]}
             store.save_label(image, result["file"], request.get("label_tag") or "original", info)
@@ -193,7 +198,9 @@ class BiPVLApp(MONAILabelApp):
             result["params"]["uncertainty_map"] = self._keep_map(store, image, request["model"], result["params"], file)
         return result
 
-    def _keep_map(self, store: Any, image: str, model: str, params: dict[str, Any], file: str) -> dict[str, str] | None:
+    def _keep_map(
+        self, store: Store, image: str, model: str, params: dict[str, Any], file: str
+    ) -> dict[str, str] | None:
         """Where clients find the uncertainty map of an image; None, and a warning, where it cannot be kept."""
         unit = "percent of the largest entropy"
         info = {"model": model, "model_version": params["model_version"], "unit": unit}

@@ -13,6 +13,7 @@ import time
 from typing import Any
 
 from lib.scoring.methods import CaseScoring
+from lib.stores.locks import Lock, Order
 from lib.upstream import is_running, start_task, stop_task, tasks_of
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ class Background:
 
     def __init__(self, method: CaseScoring, datastore: Any) -> None:
         self._method, self._datastore = method, datastore
-        self._lock = threading.RLock()
+        self._lock = Lock(Order.BACKGROUND, "scoring in the background")
         self._due = True
         self._seen: dict[str, int] = {}
         self._own: dict[str, Any] | None = None  # the task that was started last

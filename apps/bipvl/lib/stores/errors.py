@@ -25,3 +25,9 @@ class ConflictError(StoreError):
     """A change that another one, or another file, is in the way of."""
 
     status = 409
+
+
+class BusyError(StoreError):
+    """Something that others have held for too long; the same request may succeed in a while."""
+
+    status = 503

@@ -1,4 +1,4 @@
-"""The studies folder: images, their labels (`.labelfiles`) and what is known about them (`.document`).
+"""The studies folder: images, their labels and what is known about them (`.labelfolder`).
 
 Layout and JSON are MONAI Label's own. Images and labels are listed from disk whenever they are asked for: a file added
 by hand appears without a restart, and nothing is lost where the JSON is.
@@ -7,40 +7,32 @@ by hand appears without a restart, and nothing is lost where the JSON is.
 from __future__ import annotations
 
 import copy
-import errno
 import logging
 import os
 import tempfile
-import threading
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NoReturn
 
-from filelock import FileLock, Timeout
-
 from lib.stores.cases import declared, make_case, newest, volumes
 from lib.stores.cases import image_id as id_of
-from lib.stores.document import STAGED, Infos, Record, digest, stage_copy, sync_folder
+from lib.stores.document import Record, digest, stage_copy, sync_folder
 from lib.stores.errors import ConflictError, NotInStoreError, ReadOnlyError, StoreError
-from lib.stores.labelfiles import LabelFiles, check_new_id, check_tag, facts, files_of
+from lib.stores.export import zip_cases
+from lib.stores.interface import Store
+from lib.stores.labelfiles import check_new_id, check_tag, facts, files_of
+from lib.stores.labelfolder import FINAL, LabelFolder, refuse_change, refused
 from lib.stores.uploads.checks import check_image_file, check_label_file, plain, same_volume, suffix_of
 from lib.stores.uploads.numbering import renumber
 from lib.tasks import Task
-from lib.upstream import Datastore
 
 __all__ = ["ConflictError", "LocalStore", "NotInStoreError", "ReadOnlyError", "StoreError", "check_new_id", "check_tag"]
 
 logger = logging.getLogger(__name__)
 
-FINAL, UNCERTAINTY = "final", "uncertainty"
-READ_ONLY_ERRORS = (errno.EROFS, errno.EACCES, errno.EPERM)
-LOCK_SECONDS = 120
 
-
-class LocalStore(Datastore):
+class LocalStore(Store):
     """A folder of images and labels, safe between threads and processes.
 
     Args:
@@ -52,25 +44,18 @@ class LocalStore(Datastore):
         StoreError: the folder does not exist and cannot be made.
     """
 
+    dicom = False
+
     def __init__(self, folder: str | Path, read_only: bool = False, tasks: Sequence[Task] = ()) -> None:
         self.tasks = tuple(tasks)
-        self.folder = Path(folder).resolve()
-        self.read_only = read_only
-        self._infos = Infos(self.folder)
-        self._labels = LabelFiles(self.folder, self._infos)
-        self._threads = threading.Lock()
+        self._kept = LabelFolder(Path(folder), read_only)
+        self._infos, self._labels = self._kept.infos, self._kept.labels
+        self.folder = self._kept.path
         self._told: set[str] = set()
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreError(f"{self.folder}: cannot be used as the folder of studies: {error.strerror}") from error
-        try:
-            with self._writing():
-                for left in (*self.folder.glob(f"{STAGED}*"), *self._labels.folder.glob(f"*/{STAGED}*")):
-                    left.unlink(missing_ok=True)  # of a server that was killed while saving
-                self._infos.set_damaged_aside()
-        except (StoreError, OSError) as error:
-            logger.warning("%s", error)
+
+    @property
+    def read_only(self) -> bool:
+        return self._kept.read_only
 
     # What there is ------------------------------------------------------------------------------------------------
 
@@ -78,15 +63,13 @@ class LocalStore(Datastore):
         return self._infos.read().name
 
     def set_name(self, name: str) -> None:
-        with self._writing(), self._infos.change() as document:
-            document.name = name
+        self._kept.set_name(name)
 
     def description(self) -> str:
         return self._infos.read().description
 
     def set_description(self, description: str) -> None:
-        with self._writing(), self._infos.change() as document:
-            document.description = description
+        self._kept.set_description(description)
 
     def list_images(self) -> list[str]:
         """Ids in order, as they are on disk now. Two images of one id are left out, and the log says so."""
@@ -128,19 +111,17 @@ class LocalStore(Datastore):
         return {**facts(path), **copy.deepcopy(self._infos.read().image(image_id).info), "path": str(path)}
 
     def get_label(self, label_id: str, label_tag: str, params: Any = None) -> BytesIO:
-        return BytesIO(self._label(label_id, label_tag).read_bytes())
+        return BytesIO(self._kept.label(label_id, label_tag).read_bytes())
 
     def get_label_uri(self, label_id: str, label_tag: str) -> str:
-        return str(self._label(label_id, label_tag))
+        return str(self._kept.label(label_id, label_tag))
 
     def get_label_info(self, label_id: str, label_tag: str) -> dict[str, Any]:
-        path = self._label(label_id, label_tag)
-        record = self._infos.read().label(label_id, check_tag(label_tag), path)
-        return {**facts(path), **copy.deepcopy(record.info)}
+        return self._kept.label_info(label_id, label_tag, self._kept.label(label_id, label_tag))
 
     def get_labels_by_image_id(self, image_id: str) -> dict[str, str]:
         """Tag to label id, which is the image's id."""
-        return {tag: image_id for tag in self._labels.tags() if self._labels.of(image_id, tag)}
+        return dict.fromkeys(self._kept.tags_of(image_id), image_id)
 
     def get_label_by_image_id(self, image_id: str, tag: str) -> str:
         """The label's id, empty where there is no such label."""
@@ -179,17 +160,7 @@ class LocalStore(Datastore):
         if not cases:
             raise NotInStoreError("no image has a final label yet: there is nothing to download")
         cases = cases[:limit_cases] if limit_cases and limit_cases > 0 else cases
-        with tempfile.NamedTemporaryFile(suffix=".zip", delete=False) as file:
-            try:
-                with zipfile.ZipFile(file, "w", strict_timestamps=False) as archive:
-                    for case in cases:
-                        for kind in ("image", "label"):
-                            archive.write(case[kind], f"{kind}/{Path(case[kind]).name}")
-                    archive.writestr("metadata.json", self._infos.read().model_dump_json(indent=2))
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
-        return file.name
+        return zip_cases(cases, self._infos.read().model_dump_json(indent=2))
 
     def refresh(self) -> None:
         """Nothing to do: every answer is read from disk."""
@@ -204,14 +175,14 @@ class LocalStore(Datastore):
             ConflictError: the id belongs to another image, or to a file with another extension.
         """
         source = Path(image_filename)
-        suffix = _refused(suffix_of, source)
+        suffix = refused(suffix_of, source)
         case = check_new_id(image_id or id_of(source))
-        info = _refused(plain, image_info)
-        _refused(check_image_file, source)
+        info = refused(plain, image_info)
+        refused(check_image_file, source)
         target = self.folder / f"{case}{suffix}"
         if id_of(target) != case:
             raise StoreError(f"image id {case!r}: in {target.name!r} a reader would take {id_of(target)!r} for the id")
-        with self._writing():
+        with self._kept.writing():
             others = [p.name for p in files_of(self.folder, case) if p != target]
             if others:
                 raise ConflictError(f"image id {case!r} belongs to {others[0]}; choose another id")
@@ -232,7 +203,7 @@ class LocalStore(Datastore):
 
     def remove_image(self, image_id: str) -> None:
         """Delete an image; its labels go into the history."""
-        with self._writing():
+        with self._kept.writing():
             path = self._image(image_id)
             self._labels.retire(image_id)
             path.unlink()
@@ -253,7 +224,7 @@ class LocalStore(Datastore):
         """
         tag, source = check_tag(label_tag), Path(label_filename)
         if self.read_only:
-            self._refuse_change()
+            refuse_change()
         image = self._image(image_id)
         before = _signature(image)
         user = label_info.get("user") if isinstance(label_info, dict) else None
@@ -265,7 +236,7 @@ class LocalStore(Datastore):
             renumbered = renumber(source, drawn, info, self.tasks)
         except ValueError as error:
             self._labels.reject(image_id, source, user, error)
-        with tempfile.TemporaryDirectory() as folder, self._writing():
+        with tempfile.TemporaryDirectory() as folder, self._kept.writing():
             if _signature(self._image(image_id)) != before:
                 self._labels.reject(image_id, source, user, ConflictError(f"image {image_id!r} was replaced meanwhile"))
             if renumbered:
@@ -276,39 +247,32 @@ class LocalStore(Datastore):
 
     def keep_map(self, image_id: str, file: Path, info: dict[str, Any]) -> None:
         """Keep what a model computed for an image under the tag `uncertainty`, in place of an earlier one."""
-        with self._writing():
+        with self._kept.writing():
             self._image(image_id)
-            self._labels.put(image_id, UNCERTAINTY, file, info, history=False)
+            self._kept.put_map(image_id, file, info)
 
     def remove_label(self, label_id: str, label_tag: str) -> None:
         """Take a label away, into the history."""
-        with self._writing():
-            self._label(label_id, label_tag)
-            self._labels.retire(label_id, check_tag(label_tag))
+        self._kept.remove_label(label_id, label_tag)
 
     def update_image_info(self, image_id: str, info: dict[str, Any]) -> None:
         """Add to what is known about an image."""
-        news = _refused(plain, info)
-        with self._writing():
+        news = refused(plain, info)
+        with self._kept.writing():
             path = self._image(image_id)
-            with self._infos.change() as document:
-                record = document.entry(image_id).image
-                record.ext = path.name[len(image_id) :]
-                record.info = {**facts(path), **record.info, **news}
-                record.info.pop("path", None)  # of this machine
+            self._kept.note_image(image_id, path.name[len(image_id) :], facts(path), news)
 
     def update_label_info(self, label_id: str, label_tag: str, info: dict[str, Any]) -> None:
         """Add to what is known about a label; `annotated` is checked as in `save_label`, None takes it away."""
-        news = _refused(plain, info)
-        if news.get("annotated") is not None:
-            _refused(declared, news["annotated"])
-        with self._writing():
-            path, tag = self._label(label_id, label_tag), check_tag(label_tag)
-            with self._infos.change() as document:
-                record = document.label(label_id, tag, path).model_copy(deep=True)
-                record.ext = path.name[len(label_id) :]
-                record.info = {**facts(path), **record.info, **news}
-                document.settle(label_id, tag, record)
+        self._kept.note_label(label_id, label_tag, info)
+
+    # For inference ------------------------------------------------------------------------------------------------
+
+    def propose(self, image_id: str, model: str, version: int, mask: Path) -> None:
+        """Nothing to do: a label of a folder does not say who drew which class."""
+
+    def as_seg(self, image_id: str, model: str, version: int, mask: Path) -> NoReturn:
+        raise StoreError("a DICOM segmentation is offered for the images of a DICOMweb archive only")
 
     # How ----------------------------------------------------------------------------------------------------------
 
@@ -330,35 +294,6 @@ class LocalStore(Datastore):
             raise ConflictError(_twins(case, paths))
         return paths[0]
 
-    def _label(self, case: str, label_tag: str) -> Path:
-        tag = check_tag(label_tag)
-        paths = self._labels.of(case, tag)
-        if not paths:
-            raise NotInStoreError(
-                f"no label {str(case)[:80]!r} with tag {tag!r}; tags are {', '.join(self._labels.tags()) or 'none'}"
-            )
-        return newest(paths)
-
-    def _refuse_change(self, reason: str = "the server was told so (MONAI_LABEL_DATASTORE_READ_ONLY)") -> NoReturn:
-        raise ReadOnlyError(f"the studies can only be read, nothing can be saved: {reason}")
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """One change at a time, among threads and processes."""
-        if self.read_only:
-            self._refuse_change()
-        if not self.folder.is_dir():
-            raise ConflictError(f"{self.folder.name}: the folder of studies is not there at the moment")
-        try:
-            with self._threads, FileLock(self.folder / ".lock", timeout=LOCK_SECONDS):
-                yield
-        except Timeout:
-            raise ConflictError(f"another program has held {self.folder.name}/.lock for {LOCK_SECONDS} s") from None
-        except OSError as error:
-            if error.errno in READ_ONLY_ERRORS:
-                self._refuse_change(str(error.strerror))
-            raise
-
 
 def _signature(path: Path) -> tuple[int, int, int]:
     stat = path.stat()
@@ -367,11 +302,3 @@ def _signature(path: Path) -> tuple[int, int, int]:
 
 def _twins(case: str, paths: list[Path]) -> str:
     return f"image id {case!r} belongs to {' and '.join(p.name for p in paths)}: left out until one is renamed"
-
-
-def _refused(check: Callable[[Any], Any], value: Any) -> Any:
-    """Run a check, its refusal as a StoreError."""
-    try:
-        return check(value)
-    except ValueError as error:
-        raise StoreError(str(error)) from error

@@ -24,9 +24,9 @@ from lib.app.web.access.options import WebOptions
 from lib.app.web.sessions import Sessions
 from lib.infers import BiPVLInfer
 from lib.scoring.background import Background
+from lib.stores.interface import Store
 from lib.trainers import BiPVLTrain
 from lib.upstream import (
-    Datastore,
     ImageNotFoundException,
     LabelNotFoundException,
     MONAILabelException,
@@ -59,7 +59,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         422: "A parameter is missing or of the wrong type",
         429: "Already running, or too many failed logins",
         502: "The archive does not answer",
-        503: "The OpenID realm does not answer",
+        503: "The OpenID realm does not answer, or others have held what was asked for too long",
         507: "The disk is full",
     }.items()
 }
@@ -83,7 +83,7 @@ class LabelApp(Protocol):
     def strategies(self) -> Mapping[str, Strategy]: ...
     @property
     def scoring_methods(self) -> Mapping[str, ScoringMethod]: ...
-    def datastore(self) -> Datastore: ...
+    def datastore(self) -> Store: ...
     def sessions(self) -> Sessions | None: ...
     def info(self) -> dict[str, Any]: ...
     def model_info(self, model: str) -> dict[str, Any] | None: ...

@@ -7,7 +7,6 @@ import logging
 import os
 import shutil
 import tempfile
-import threading
 import time
 from collections import OrderedDict
 from contextlib import suppress
@@ -16,6 +15,7 @@ from pathlib import Path
 from pydicom import dcmread
 
 from lib.stores.dicom.archive import Archive, SeriesEntry
+from lib.stores.locks import SERIES_SECONDS, Lock, Order
 from lib.volumes.series import SeriesError, Volume, read_headers, volume_of, write_nifti
 
 logger = logging.getLogger(__name__)
@@ -37,16 +37,16 @@ class ImageCache:
 
     def __init__(self, folder: Path, archive: Archive) -> None:
         self._folder, self._archive = folder, archive
-        self._locks: dict[str, threading.RLock] = {}
+        self._locks: dict[str, Lock] = {}
         self._volumes: OrderedDict[tuple[str, int], Volume] = OrderedDict()
         self._unusable: dict[str, tuple[int | None, SeriesError]] = {}
         for left in (folder / HEADERS).glob(f"{UNFINISHED}*"):  # of a server that was killed
             if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
                 shutil.rmtree(left, ignore_errors=True)
 
-    def lock(self, uid: str) -> threading.RLock:
+    def lock(self, uid: str) -> Lock:
         """Held by who works on a series."""
-        return self._locks.setdefault(uid, threading.RLock())
+        return self._locks.setdefault(uid, Lock(Order.SERIES, f"series {uid}", SERIES_SECONDS))
 
     def unusable(self, entry: SeriesEntry) -> bool:
         """Whether a series was found to be no volume, and has not grown since."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from pydicom.dataset import Dataset
 from lib.files import write_json
 from lib.stores.dicom.archive import Archive, SeriesEntry
 from lib.stores.dicom.seg import MANUFACTURER, referenced_series, segment_labels
+from lib.stores.locks import Lock, Order
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class Listings:
         path: Path,
     ) -> None:
         self._archive, self._filters, self._is_label, self._path = archive, filters, is_label, path
-        self._lock = threading.RLock()
+        self._lock = Lock(Order.LISTING, "the list of what the archive holds")
         self._known = _read(path)
         self._own: dict[str, tuple[float, Segmentation]] = {}  # saved here, perhaps not listed yet
         self._failed: dict[str, float] = {}  # SEGs that the archive could not describe, and when

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lib.files import write_json
+from lib.stores.locks import Lock, Order
 from lib.tasks import Task
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ class Proposals:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._lock = threading.Lock()
+        self._lock = Lock(Order.PROPOSALS, "the list of proposed masks")
 
     def add(self, image: str, task: Task, version: int, mask: np.ndarray) -> None:
         """Remember a mask of the task's values."""

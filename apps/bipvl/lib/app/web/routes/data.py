@@ -19,7 +19,6 @@ from lib.app.web import uploads
 from lib.app.web.access.accounts import User
 from lib.app.web.common import ERRORS, Services, checked, current_user, json_object, known_image
 from lib.stores.dicom.archive import ArchiveError
-from lib.stores.dicom.store import DicomStore
 from lib.upstream import DefaultLabelTag, file_checksum
 
 logger = logging.getLogger(__name__)
@@ -108,7 +107,7 @@ def datastore_routes(services: Services) -> APIRouter:
             known_image(store, image)
         if info.get("annotated") is not None:
             app.check_annotated(info["annotated"])
-        valid = (*uploads.LABEL_SUFFIXES, *([".dcm"] if isinstance(store, DicomStore) else []))
+        valid = (*uploads.LABEL_SUFFIXES, *([".dcm"] if store.dicom else []))
         with uploads.saved(label, valid, "label") as path:
             saved = store.save_label(image, str(path), tag or DefaultLabelTag.FINAL.value, info)
         logger.info("Label of %r saved as %r by %r", image, tag, user.name)

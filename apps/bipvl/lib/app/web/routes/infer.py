@@ -21,7 +21,6 @@ from lib.app.web.access.accounts import User
 from lib.app.web.common import ERRORS, LabelApp, Services, choice, current_user, json_object, known_image
 from lib.app.web.routes import choices
 from lib.app.web.routes.data import known_session
-from lib.stores.dicom.store import DicomStore
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +127,7 @@ def _prepare(
             raise HTTPException(400, "uncertainty_map: offered for the images of the datastore, which keeps the map")
         if user.role == "viewer":
             raise HTTPException(403, "uncertainty_map: this needs the role annotator")
-    if output is InferOutput.dicom_seg and (request.image is None or not isinstance(store, DicomStore)):
+    if output is InferOutput.dicom_seg and (request.image is None or not store.dicom):
         raise HTTPException(400, "output: dicom_seg is offered for the images of a DICOMweb archive only")
     return request
 

@@ -1,0 +1,170 @@
+"""A folder that a store keeps files in: its labels (`.labelfiles`), what is known about its files (`.document`), and
+its lock, which is the last in the order of `.locks`."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from filelock import FileLock, Timeout
+
+from lib.stores.cases import declared, newest
+from lib.stores.document import STAGED, Infos
+from lib.stores.errors import ConflictError, NotInStoreError, ReadOnlyError, StoreError
+from lib.stores.labelfiles import LabelFiles, check_tag, facts
+from lib.stores.locks import LOCK_SECONDS, Lock, Order
+from lib.stores.uploads.checks import plain
+
+logger = logging.getLogger(__name__)
+
+FINAL, UNCERTAINTY = "final", "uncertainty"
+READ_ONLY_ERRORS = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+class LabelFolder:
+    """Files of a store, safe between threads and processes. "The caller holds the folder" is to be inside `writing`.
+
+    Args:
+        path: made where it does not exist.
+        read_only: refuse every change; a folder that cannot be written to does the same by itself.
+
+    Raises:
+        StoreError: the folder does not exist and cannot be made.
+    """
+
+    def __init__(self, path: Path, read_only: bool = False) -> None:
+        self.path, self.read_only = path.resolve(), read_only
+        self.infos = Infos(self.path)
+        self.labels = LabelFiles(self.path, self.infos)
+        self._lock = Lock(Order.FOLDER, f"the folder {self.path.name}")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"{self.path}: cannot be used as the folder of studies: {error.strerror}") from error
+        try:
+            with self.writing():
+                for left in (*self.path.glob(f"{STAGED}*"), *self.labels.folder.glob(f"*/{STAGED}*")):
+                    left.unlink(missing_ok=True)  # of a server that was killed while saving
+                self.infos.set_damaged_aside()
+        except (StoreError, OSError) as error:
+            logger.warning("%s", error)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """One change at a time, among threads and processes; not to be nested.
+
+        Raises:
+            ReadOnlyError: nothing can be changed.
+            ConflictError: the folder is gone, or another program has held it for too long.
+            BusyError: another thread has.
+        """
+        if self.read_only:
+            refuse_change()
+        if not self.path.is_dir():
+            raise ConflictError(f"{self.path.name}: the folder of studies is not there at the moment")
+        try:
+            with self._lock, FileLock(self.path / ".lock", timeout=LOCK_SECONDS):
+                yield
+        except Timeout:
+            raise ConflictError(f"another program has held {self.path.name}/.lock for {LOCK_SECONDS:g} s") from None
+        except OSError as error:
+            if error.errno in READ_ONLY_ERRORS:
+                refuse_change(str(error.strerror))
+            raise
+
+    # Texts of the whole -------------------------------------------------------------------------------------------
+
+    def set_name(self, name: str) -> None:
+        with self.writing(), self.infos.change() as document:
+            document.name = name
+
+    def set_description(self, description: str) -> None:
+        with self.writing(), self.infos.change() as document:
+            document.description = description
+
+    # Labels -------------------------------------------------------------------------------------------------------
+
+    def label(self, case: str, label_tag: str) -> Path:
+        """The file of a label.
+
+        Raises:
+            NotInStoreError: there is none; with the tags in use.
+        """
+        tag = check_tag(label_tag)
+        paths = self.labels.of(case, tag)
+        if not paths:
+            raise NotInStoreError(
+                f"no label {str(case)[:80]!r} with tag {tag!r}; tags are {', '.join(self.labels.tags()) or 'none'}"
+            )
+        return newest(paths)
+
+    def label_info(self, case: str, label_tag: str, path: Path) -> dict[str, Any]:
+        """What is known about a label's file."""
+        return {**facts(path), **copy.deepcopy(self.infos.read().label(case, check_tag(label_tag), path).info)}
+
+    def tags_of(self, case: str) -> list[str]:
+        """The tags under which an image has a label."""
+        return [tag for tag in self.labels.tags() if self.labels.of(case, tag)]
+
+    def put_map(self, case: str, file: Path, info: dict[str, Any]) -> None:
+        """Keep what a model computed for an image, in place of an earlier one. The caller holds the folder."""
+        self.labels.put(case, UNCERTAINTY, file, info, history=False)
+
+    def remove_label(self, case: str, label_tag: str) -> None:
+        """Take a label away, into the history.
+
+        Raises:
+            NotInStoreError: there is none.
+        """
+        with self.writing():
+            self.label(case, label_tag)
+            self.labels.retire(case, check_tag(label_tag))
+
+    def note_label(self, case: str, label_tag: str, info: Any) -> None:
+        """Add to what is known about a label; `annotated` is checked, None takes it away.
+
+        Raises:
+            NotInStoreError: there is no such label.
+            StoreError: no object, or no list of class names.
+        """
+        news, tag = refused(plain, info), check_tag(label_tag)
+        if news.get("annotated") is not None:
+            refused(declared, news["annotated"])
+        with self.writing():
+            path = self.label(case, tag)
+            with self.infos.change() as document:
+                record = document.label(case, tag, path).model_copy(deep=True)
+                record.ext = path.name[len(case) :]
+                record.info = {**facts(path), **record.info, **news}
+                document.settle(case, tag, record)
+
+    # Images -------------------------------------------------------------------------------------------------------
+
+    def note_image(self, case: str, extension: str, known: Mapping[str, Any], news: Mapping[str, Any]) -> None:
+        """Add to what is known about an image. The caller holds the folder.
+
+        Args:
+            known: what `news` and earlier notes are added to.
+        """
+        with self.infos.change() as document:
+            record = document.entry(case).image
+            record.ext, record.info = extension, {**known, **record.info, **news}
+            record.info.pop("path", None)  # of this machine
+
+
+def refuse_change(reason: str = "the server was told so (MONAI_LABEL_DATASTORE_READ_ONLY)") -> NoReturn:
+    """Raises ReadOnlyError, which says why."""
+    raise ReadOnlyError(f"the studies can only be read, nothing can be saved: {reason}")
+
+
+def refused(check: Callable[[Any], Any], value: Any) -> Any:
+    """Run a check, its refusal as a StoreError."""
+    try:
+        return check(value)
+    except ValueError as error:
+        raise StoreError(str(error)) from error
