@@ -76,9 +76,9 @@ class Deployed(Archive):
 class UnitServer(Server):
     """The server with the options of docs/running/deploy/bipvl-label.service."""
 
-    def __init__(self, home: Path, archive: Deployed, users: Path) -> None:
+    def __init__(self, home: Path, archive: Deployed, users: Path, plain: bool = False) -> None:
         folders = {name: str(home / name.split("_")[2].lower()) for name in FOLDERS}
-        super().__init__(home, home / "models", {}, **folders, **archive_env(archive))
+        super().__init__(home, home / "models", {}, plain=plain, **folders, **archive_env(archive))
         places = {
             "/opt/bipvl-label/": f"{ROOT}/",
             "/var/lib/bipvl/": f"{home}/",
@@ -146,7 +146,8 @@ def test_the_whole_loop_as_deployed(real_data, tmp_path, monkeypatch):
     home.mkdir()
     with Deployed(tmp_path / "orthanc", ARCHIVE_USER) as archive:
         archive.store(dicoms / "crlm-ct-1004", tmp_path / "j2k")
-        with UnitServer(home, archive, users) as server, nginx(tmp_path / "nginx", server.port) as port:
+        unit = UnitServer(home, archive, users, plain=True)
+        with unit as server, nginx(tmp_path / "nginx", server.port) as port:
             url, certificate = f"https://{NAME}:{port}", tmp_path / "nginx" / "tls" / "label.pem"
             _pages(url, port, certificate)
             with pytest.raises(MONAILabelClientException) as error:

@@ -46,7 +46,7 @@ def test_whole_loop_on_real_ct(real_data, tmp_path):
     add_case(studies, folder / "ts-s0009_ct.nii.gz", "second")
     truth = folder / "ts-example_label-amos15.nii.gz"
 
-    with Server(studies, models, conf) as server:
+    with Server(studies, models, conf, plain=True) as server:  # as users start it, and so are its rounds
         info = server.client.info()
         assert list(info["models"]) == list(info["trainers"]) == ["amos22-ct"]
         assert info["models"]["amos22-ct"]["labels"] == task.label_values

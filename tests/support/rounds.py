@@ -1,7 +1,8 @@
 """Training rounds that can be killed: a process that has imported the app once and forks a round on demand.
 
-Importing takes many times longer than the tiny rounds of the fault tests. The parent computes nothing, so that the
-child starts with no thread but its own.
+It is forked itself from one that has imported the packages (forks.py). Importing the app takes as long as the tiny
+rounds of the fault tests, and a kill is to meet the round. The parent computes nothing, so that the child starts with
+no thread but its own.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from support import ROOT, forks
+
 
 class Rounds:
     """Use as a context manager. `start` begins a round, `kill` ends it, `wait` lets it finish."""
@@ -24,23 +27,31 @@ class Rounds:
         self.log = log
 
     def __enter__(self) -> Rounds:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, __file__]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
+        paths = os.pathsep.join(str(ROOT / folder) for folder in ("apps/bipvl", "tests"))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
+        words = ["-m", "support.rounds"]
+        (its_in, our_out), (our_in, its_out) = os.pipe(), os.pipe()
+        self.jobs, self.answers = open(our_out, "w"), open(our_in)
+        with open(its_in) as source, open(its_out, "w") as output:
+            self.process: forks.Forked | subprocess.Popen[bytes]
+            if forks.AVAILABLE:
+                self.process = forks.Forked(words, environment, (source, output, 2))
+            else:
+                self.process = subprocess.Popen([sys.executable, *words], stdin=source, stdout=output, env=environment)
         assert self._read() == "ready"
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.process.kill()
         self.process.wait()
+        self.jobs.close()
+        self.answers.close()
 
     def start(self, studies: Path, models: Path, **request: Any) -> int:
         """Begin a round and return its process id."""
         job = {**self.job, "studies": str(studies), "models": str(models), "request": request, "log": str(self.log)}
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
+        self.jobs.write(json.dumps(job) + "\n")
+        self.jobs.flush()
         self.pid = int(self._read())
         return self.pid
 
@@ -54,7 +65,7 @@ class Rounds:
         return int(self._read())
 
     def _read(self) -> str:
-        line = self.process.stdout.readline().strip()
+        line = self.answers.readline().strip()
         assert line, f"the process of the rounds has ended; see {self.log}"
         return line
 
@@ -69,7 +80,6 @@ def _run(job: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "apps" / "bipvl"))
     import lib.stores.local  # noqa: F401
     import lib.trainers  # noqa: F401
 

@@ -14,7 +14,7 @@ from typing import Any
 import requests
 from monailabel.client import MONAILabelClient
 
-from support import ROOT
+from support import ROOT, forks
 
 START_SECONDS = 240
 ELSEWHERE = "203.0.113.7"
@@ -28,6 +28,8 @@ class Server:
         models: folder for the app's models, so that tests never touch those in the app.
         conf: what `--conf` passes on.
         faketime: run with the clock moved by this much, e.g. "+1y" (needs libfaketime).
+        plain: run the very command, which imports everything itself; else the process is forked from one that has
+            imported the packages (support/forks.py), and so are its rounds.
         environment: variables to set or, with None, to remove.
     """
 
@@ -38,6 +40,7 @@ class Server:
         conf: dict[str, str],
         *,
         faketime: str | None = None,
+        plain: bool = False,
         **environment: str | None,
     ) -> None:
         self.log = models.parent / f"server-{models.name}-{time.monotonic_ns()}.log"
@@ -59,12 +62,19 @@ class Server:
         environment = {"MONAI_LABEL_AUTO_UPDATE_SCORING": "false", **environment}
         env |= {k: v for k, v in environment.items() if v is not None}
         self.command, self.env = command, {k: v for k, v in env.items() if environment.get(k, "") is not None}
+        self.plain = plain or faketime is not None or not forks.AVAILABLE
+        self.process: subprocess.Popen[bytes] | forks.Forked
         # A folder of its own: results keep the name of the server's temporary file, which the server then deletes.
         self.client = MONAILabelClient(f"http://127.0.0.1:{self.port}", tmpdir=str(models.parent / "received"))
 
     def __enter__(self) -> Server:
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(self.command, stdout=log, stderr=subprocess.STDOUT, env=self.env)
+            if self.plain:
+                self.process = subprocess.Popen(self.command, stdout=log, stderr=subprocess.STDOUT, env=self.env)
+            else:
+                words = self.command[self.command.index("start_server") :]
+                with open(os.devnull) as nothing:
+                    self.process = forks.Forked(["-m", "monailabel.main", *words], self.env, (nothing, log, log))
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
@@ -73,7 +83,7 @@ class Server:
                 if requests.get(f"http://127.0.0.1:{self.port}/info/", timeout=5).status_code in (200, 401):
                     return self
             except requests.RequestException:
-                time.sleep(0.5)
+                time.sleep(0.1)
         self.__exit__()
         raise AssertionError(f"no answer in {START_SECONDS} s:\n{self.tail()}")
 
@@ -107,7 +117,7 @@ class Server:
             status = self.client.train_status()
             if status["status"] not in ("SUBMITTED", "RUNNING"):
                 return status
-            time.sleep(1)
+            time.sleep(0.2)
         raise AssertionError(f"training took over {seconds} s:\n{self.tail()}")
 
 
