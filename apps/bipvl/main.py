@@ -4,9 +4,10 @@ python apps/bipvl/main.py train|infer|evaluate|concepts|tasks|studies --help
 """
 
 from lib.app.bipvl import BiPVLApp  # MONAI Label finds the app class among this module's members
-from lib.app.cli import cli
 
 __all__ = ["BiPVLApp"]
 
 if __name__ == "__main__":
+    from lib.app.cli import cli  # seconds to import (OpenAI's client), which no server and no round of one needs
+
     cli()

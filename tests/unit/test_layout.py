@@ -140,6 +140,18 @@ def test_tasks_know_neither_torch_nor_monailabel() -> None:
             assert not roots & heavy, module
 
 
+def test_a_server_imports_no_client_of_language_models() -> None:
+    """Seconds, at each start and at each round. Drafting sentences is work of the command line alone."""
+    reached, left = {"lib.app.bipvl"}, ["lib.app.bipvl"]
+    while left:
+        new = {other for other, _ in imported(TREES[left.pop()]) if other in SOURCES} - reached
+        reached |= new
+        left += new
+    at_start = {other for node in TREES["main"].body if not isinstance(node, ast.If) for other, _ in imported(node)}
+    assert at_start == {"lib.app.bipvl"} and "lib.model.nets.text" in reached
+    assert not [module for module in reached if "import openai" in SOURCES[module].read_text(encoding="utf-8")]
+
+
 def test_main_only_imports() -> None:
     """MONAI Label loads the file; what it does is in `lib.app`."""
     assert len(SOURCES["main"].read_text(encoding="utf-8").splitlines()) <= 15
