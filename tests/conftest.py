@@ -19,11 +19,35 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.register_at_fork(after_in_child=gc.disable)  # a collection would copy the whole heap into the child
 
+# The files that take longest, longest first: whole files go to workers in this order, so that all end together. Where a
+# name is wrong or missing, a run takes longer, and nothing else.
+LONGEST = (
+    "processes/test_server.py",
+    "processes/test_faults.py",
+    "processes/test_web_schema.py",
+    "browser/test_ohif_loop.py",
+    "processes/test_scoring_server.py",
+    "processes/test_load.py",
+    "processes/test_deployment.py",
+    "benchmarks/test_text_moves.py",
+    "browser/test_ohif.py",
+    "unit/stores/dicom/test_property.py",
+    "browser/test_ohif_export.py",
+    "benchmarks/test_accuracy.py",
+    "processes/test_slicer.py",
+    "processes/test_dicom_server.py",
+)
+
 pytest.register_assert_rewrite("support.browser")  # what failed is said there as in tests
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[FAULTS] = []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {ROOT / "tests" / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -33,7 +33,7 @@ from support.training import SMALL
 pytestmark = pytest.mark.slow  # five servers and forty rounds
 
 KILLS = 20
-ROUND = {"device": "cpu", "tracking": "None", "val_split": 0, "max_epochs": 3, "learning_rate": 1e-3}
+ROUND = {"device": "cpu", "tracking": "None", "val_split": 0, "max_epochs": 2, "learning_rate": 1e-3}
 CONF = {"models": "quickstart", **SMALL}
 
 
