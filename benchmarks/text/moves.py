@@ -4,9 +4,9 @@
     python -m benchmarks.text.moves scans FILE... --data FOLDER checkpoints of accuracy.py on test patients
     python -m benchmarks.text.moves tables                      the section of docs/research/text.md
 
-Each request is compared with the standard one, class by class, on the network's grid: Dice of the mask with its own
-mask of before ("stays": 1 where the text moved nothing), and with that of the class whose words or sentences it got
-("follows": 1 where the mask went with them).
+Each request is compared with the standard one, class by class, on the network's grid: Dice of the mask with the
+mask under its own sentences ("stays": 1 if the text moved nothing), and with that of the class whose words or sentences
+it got ("follows": 1 if the mask went with them).
 """
 
 from __future__ import annotations

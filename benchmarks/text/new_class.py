@@ -9,7 +9,7 @@ A network of each head is trained on a task without one class, whose voxels are 
 files of people who have not asked for it yet. Then the class joins the task. With the text head the network goes on as
 it is and reads the class's sentences; with the fixed head its output channel begins anew, and all other weights stay.
 Both are scored at once (0 cases) and after a short training on 1, 3 and 5 cases in which all classes are drawn; with
-`--mix` half of the steps see all cases of before, in which the class is not drawn and does not count, as in a round.
+`--mix` half of the steps see all earlier cases, in which the class is neither drawn nor counted, as in a round.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def run_command(
     fold: Annotated[
         int | None, typer.Option(help="0, 1 or 2: a third of the patients is tested, all others train")
     ] = None,
-    mix: Annotated[bool, typer.Option(help="half of the steps see cases of before, in twice as many steps")] = False,
+    mix: Annotated[bool, typer.Option(help="half of the steps see earlier cases, in twice as many steps")] = False,
     seeds: int = 2,
     steps: Annotated[int, typer.Option(help="of the training without the class")] = 150,
     more: Annotated[int, typer.Option(help="steps with the labelled cases")] = 40,
@@ -209,7 +209,7 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
             after = [r["after"][cases] for r in some]
             others = statistics.mean(v for a in after for name, v in a.items() if name != new)
             own = ", ".join(f"{a[new]:.2f}" for a in after)
-            mixed = " and all of before" if mix and cases != "0" else ""
+            mixed = " and all earlier cases" if mix and cases != "0" else ""
             lines.append(f"| {task} | {new} | {head} | {cases}{mixed} | {own} | {before:.2f} | {others:.2f} |")
     return "\n".join(lines) + "\n"
 
