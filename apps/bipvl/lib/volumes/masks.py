@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import nibabel
 import nrrd
 import numpy as np
 
 from lib.tasks import Label
+from lib.volumes.nifti import is_nifti, open_nifti
 
 SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".seg.nrrd")
 GEOMETRY_FIELDS = (
@@ -60,13 +61,16 @@ def _write_nrrd(path: Path, mask: np.ndarray, affine: np.ndarray, labels: Mappin
 
 
 def _nifti(mask: np.ndarray, affine: np.ndarray, source: str) -> nibabel.Nifti1Image:
-    """The geometry of a NIfTI source is copied field by field: an affine that the header keeps as a quaternion would
-    change in the last digits if it were written as a matrix."""
-    if not source.endswith((".nii", ".nii.gz")):
+    """The geometry of a NIfTI source is copied field by field, both forms and the unit: whichever of them a program
+    goes by, it shows the mask on the image. An affine that the header keeps as a quaternion would also change in the
+    last digits if it were written as a matrix."""
+    if not is_nifti(source):
         image = nibabel.Nifti1Image(mask, affine)
         image.set_qform(affine, code=1)
+        image.set_sform(affine, code=1)
+        image.header.set_xyzt_units("mm")
         return image
-    geometry = cast(nibabel.Nifti1Image, nibabel.load(source)).header
+    geometry = open_nifti(source).header
     header = nibabel.Nifti1Header()
     header.set_data_dtype(mask.dtype)
     header.set_data_shape(mask.shape)
@@ -74,4 +78,14 @@ def _nifti(mask: np.ndarray, affine: np.ndarray, source: str) -> nibabel.Nifti1I
     header["xyzt_units"] = geometry["xyzt_units"]
     for name in GEOMETRY_FIELDS:
         header[name] = geometry[name]
+    _shorten_quaternion(header)
     return nibabel.Nifti1Image(mask, None, header)
+
+
+def _shorten_quaternion(header: nibabel.Nifti1Header) -> None:
+    """A rounded quaternion can be longer than 1, which nibabel refuses to read; ITK shortens it when it reads."""
+    parts = ("quatern_b", "quatern_c", "quatern_d")
+    length = float(np.linalg.norm([float(header[name]) for name in parts]))
+    if length > 1:
+        for name in parts:
+            header[name] = float(header[name]) / length

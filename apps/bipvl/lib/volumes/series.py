@@ -17,11 +17,10 @@ import SimpleITK as sitk
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 
-REQUIRED = (
-    *("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "Rows", "Columns"),
-    *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"),
-)
-LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+from lib.volumes.itk import LPS_TO_RAS
+
+PLACED = ("Rows", "Columns", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
+REQUIRED = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", *PLACED)
 UNEVEN = 0.05  # share of the distance between slices by which one may lie off: rounding in headers, no more
 TILT = 0.1  # voxels that the last slice may be shifted within its plane against the first
 ANGLE = 1e-3  # largest difference of a direction cosine between slices
@@ -59,14 +58,63 @@ def read_headers(folder: Path) -> Volume:
     return volume_of([dcmread(file, stop_before_pixels=True) for file in sorted(folder.glob("*.dcm"))])
 
 
-def volume_of(headers: Sequence[Dataset]) -> Volume:
-    """The volume of a series' headers, in any order.
+def read_folder(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The volume that a folder with the files of one series shows, under the same conditions as a series of an archive.
+
+    Files that are not DICOM, or not images, are passed over. Missing identifiers are not missed: no SEG is made.
+
+    Returns:
+        Rescaled values (columns, rows, slices), and the affine.
 
     Raises:
-        SeriesError: a tag is missing, or the slices are no even stack.
+        SeriesError: no series or several, a tag is missing, or the slices are not an even stack.
+    """
+    found = _series_in(folder)
+    if not found:
+        inside = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+        hint = f"; its sub folders are {', '.join(inside[:5])}{', …' * (len(inside) > 5)}" if inside else ""
+        raise SeriesError(f"the folder holds no DICOM image{hint}")
+    if len(found) > 1:
+        shown = "; ".join(_summary(headers) for headers in found.values())
+        raise SeriesError(f"the folder holds {len(found)} series, expected one: {shown}")
+    (headers,) = found.values()
+    volume = volume_of(headers, PLACED)
+    return _stack(volume, [Path(str(ds.filename)) for ds in volume.headers]), volume.affine
+
+
+def _series_in(folder: Path) -> dict[str, list[Dataset]]:
+    """Headers of the images directly in a folder, by series."""
+    found: dict[str, list[Dataset]] = {}
+    for file in sorted(entry for entry in folder.iterdir() if entry.is_file()):
+        try:
+            ds = dcmread(file, stop_before_pixels=True, force=True)
+            if ds.get("Rows"):
+                found.setdefault(str(ds.get("SeriesInstanceUID", "")), []).append(ds)
+        except Exception:  # not DICOM: read by force, a file can break off anywhere
+            continue
+    return found
+
+
+def _summary(headers: Sequence[Dataset]) -> str:
+    first = headers[0]
+    words = [str(first.get(name, "")) for name in ("Modality", "SeriesDescription")]
+    number = f"series {first.get('SeriesNumber', '?')}"
+    return (
+        f"{', '.join([number, *(w for w in words if w)])} ({len(headers)} files, e.g. {Path(str(first.filename)).name})"
+    )
+
+
+def volume_of(headers: Sequence[Dataset], required: Sequence[str] = REQUIRED) -> Volume:
+    """The volume of a series' headers, in any order.
+
+    Args:
+        required: keywords of the tags that every slice must have.
+
+    Raises:
+        SeriesError: a tag is missing, or the slices are not an even stack.
     """
     for ds in headers:
-        for name in REQUIRED:
+        for name in required:
             if ds.get(name) in (None, "", []):
                 raise SeriesError(f"{_name(ds)}: the DICOM tag {name} is missing or empty")
     if len(headers) < 2:
@@ -117,9 +165,19 @@ def write_nifti(files: dict[str, Path], volume: Volume, target: Path) -> None:
     Raises:
         SeriesError: pixels that cannot be read, or that are no grey values.
     """
+    voxels = _stack(volume, [files[str(ds.SOPInstanceUID)] for ds in volume.headers])
+    image = nib.Nifti1Image(voxels, volume.affine)
+    image.set_qform(volume.affine, code=1)
+    image.set_sform(volume.affine, code=1)
+    image.header.set_xyzt_units("mm", "sec")
+    nib.save(image, target)
+
+
+def _stack(volume: Volume, files: Sequence[Path]) -> np.ndarray:
+    """Rescaled values (columns, rows, slices) of slices in the volume's order."""
     slices = []
-    for ds in volume.headers:
-        slices.append(_pixels(files[str(ds.SOPInstanceUID)], _name(ds)))
+    for ds, file in zip(volume.headers, files, strict=True):
+        slices.append(_pixels(file, _name(ds)))
         if slices[-1].shape != volume.shape[1::-1]:
             raise SeriesError(f"{_name(ds)}: expected grey values of {volume.shape[1::-1]}, found {slices[-1].shape}")
     kind: Any = np.result_type(*slices)
@@ -127,12 +185,7 @@ def write_nifti(files: dict[str, Path], volume: Volume, target: Path) -> None:
         kind = np.dtype(np.float32)
     elif kind.itemsize == 8:  # NIfTI has 64-bit integers, viewers do not
         kind = np.dtype(np.int32)
-    voxels = np.stack(slices).astype(kind).transpose(2, 1, 0)
-    image = nib.Nifti1Image(voxels, volume.affine)
-    image.set_qform(volume.affine, code=1)
-    image.set_sform(volume.affine, code=1)
-    image.header.set_xyzt_units("mm", "sec")
-    nib.save(image, target)
+    return np.stack(slices).astype(kind).transpose(2, 1, 0)
 
 
 def _pixels(file: Path, name: str) -> np.ndarray:

@@ -24,7 +24,8 @@ from skimage.color import rgb2lab
 
 from lib.stores.errors import StoreError
 from lib.tasks import Label, Task
-from lib.volumes.series import LPS_TO_RAS, SeriesError, Volume
+from lib.volumes.itk import LPS_TO_RAS
+from lib.volumes.series import SeriesError, Volume
 
 logging.getLogger("highdicom").setLevel(logging.WARNING)  # a line for every module of every SEG
 warnings.filterwarnings("ignore", "The string .* is unlikely to represent the intended person name")

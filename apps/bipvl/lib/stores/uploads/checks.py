@@ -15,6 +15,8 @@ import torch
 from monai.data import MetaTensor
 
 from lib.stores.cases import SUFFIXES
+from lib.volumes.nifti import SUFFIXES as NIFTI_SUFFIXES
+from lib.volumes.nifti import is_nifti, true_suffix
 from lib.volumes.reading import align_label, read_header, read_volume
 
 # A .mhd file is a header without voxels.
@@ -25,12 +27,14 @@ SAME_MM = 1e-3  # what programs lose of an affine when they write it
 
 
 def suffix_of(path: Path) -> str:
-    """The extension of a file sent by a client.
+    """The extension of a file sent by a client; of NIfTI that which its content ought to have.
 
     Raises:
         ValueError: naming the valid ones.
     """
     suffix = next((s for s in SUFFIXES_RECEIVED if path.name.lower().endswith(s)), None)
+    if suffix in NIFTI_SUFFIXES and path.is_file():
+        return true_suffix(path)
     if suffix is None:
         found = "".join(path.suffixes)[-20:] or "none"
         raise ValueError(f"file extension {found!r}; valid are {', '.join(SUFFIXES_RECEIVED)}")
@@ -88,7 +92,7 @@ def check_label_file(path: Path, image: Path, case: str) -> MetaTensor:
         suffix_of(path)
         _check_self_contained(path)
         grid = read_header(image)
-        if path.name.lower().endswith(".gz"):
+        if is_nifti(path) and true_suffix(path) == ".nii.gz":
             _check_gzip(path, HEADER_BYTES + MAX_BYTES_PER_VOXEL * prod(grid.shape[1:]))
         _check_layers(path)
         label = read_header(path)

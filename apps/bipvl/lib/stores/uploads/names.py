@@ -14,6 +14,7 @@ import numpy as np
 from lib.stores.errors import StoreError
 from lib.tasks import Task
 
+BACKGROUND = "background"
 VALUE_KEYS = ("idx", "value", "labelID")
 
 
@@ -58,7 +59,8 @@ def whole_numbers(voxels: np.ndarray) -> np.ndarray:
 
 def named_values(label_info: Any) -> dict[int, str] | None:
     """Value to name, out of `label_info` as MONAI Label's clients send it: a list of objects with `name` and the value
-    as `idx`, else by position from 1. None where nothing is said.
+    as `idx`, else by position from 1, or from 0 where the first is the background. The background itself is left out.
+    None where nothing is said.
 
     Raises:
         StoreError: of another form, or two names for one value.
@@ -68,10 +70,13 @@ def named_values(label_info: Any) -> dict[int, str] | None:
     if not isinstance(label_info, list) or not all(isinstance(entry, dict) for entry in label_info):
         raise StoreError("label_info: expected a list of objects with 'name' and 'idx'")
     values: dict[int, str] = {}
-    for position, entry in enumerate(label_info, start=1):
+    first = label_info[0].get("name")
+    for position, entry in enumerate(label_info, start=0 if _is_background(first) else 1):
         name, value = entry.get("name"), next((entry[k] for k in VALUE_KEYS if entry.get(k) is not None), position)
         if not isinstance(name, str) or not name.strip():
             raise StoreError(f"label_info: entry {position} has no name")
+        if value == 0 and _is_background(name):
+            continue
         if isinstance(value, bool) or not isinstance(value, (int, float)) or int(value) != value or value < 1:
             raise StoreError(f"label_info: {name!r}: expected a value of at least 1, found {value!r}")
         if values.setdefault(int(value), name) != name:
@@ -97,6 +102,8 @@ def to_task_values(mask: np.ndarray, names: dict[int, str] | None, task: Task) -
         if not value:
             continue
         name = given.get(int(value))
+        if _is_background(name):
+            continue
         label = label_of(name, task) if name is not None else None
         if label is None:
             what = f"value {value}" if name is None else f"{name!r} (value {value})"
@@ -105,6 +112,10 @@ def to_task_values(mask: np.ndarray, names: dict[int, str] | None, task: Task) -
             )
         table[value] = task.label_values[label]
     return table[mask]
+
+
+def _is_background(name: Any) -> bool:
+    return isinstance(name, str) and _folded(name) == BACKGROUND
 
 
 def _folded(name: str) -> str:
