@@ -33,11 +33,14 @@ def test_mistakes_at_start_up_are_named(conf, message):
         _select(conf)
 
 
-def test_app_offers_a_model_and_a_trainer_a_task(tmp_path):
+def test_app_offers_a_model_and_a_trainer_a_task(tmp_path, caplog):
+    (tmp_path / "studies" / "p1").mkdir(parents=True)
+    (tmp_path / "studies" / "p1" / "x.nii.gz").touch()
     app = BiPVLApp(str(ROOT / "apps" / "bipvl"), str(tmp_path / "studies"), {"model_dir": str(tmp_path / "models")})
     info = app.info()
     assert list(info["models"]) == list(info["trainers"]) == ["quickstart"]
     assert info["models"]["quickstart"]["config"]["model_version"] == ["served"]
+    assert "no images: there are images in sub folders, e.g. p1/x.nii.gz" in caplog.text
     assert info["labels"] == ["liver", "spleen", "left kidney", "right kidney", "aorta", "spine"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 
@@ -105,6 +106,14 @@ def test_bad_folders(tmp_path):
         read_datalist(tmp_path / "missing")
     with pytest.raises(ValueError, match="no images"):
         read_datalist(tmp_path)
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "1").write_bytes(bytes(128) + b"DICM")
+    with pytest.raises(ValueError, match="no images.*there are DICOM files, e.g. study/1, which count in a DICOMweb"):
+        read_datalist(tmp_path)
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "x.nii").touch()
+    with pytest.raises(ValueError, match="no images.*there are images in sub folders, e.g. more/x.nii"):
+        read_datalist(tmp_path)
     (tmp_path / "a.nrrd").touch()
     (tmp_path / "a.nii.gz").touch()
     with pytest.raises(ValueError, match="several cases with id 'a'"):
@@ -128,6 +137,14 @@ def test_image_id(path, name):
 # Audit -----------------------------------------------------------------------------------------------------------
 
 
+def in_metres(given):
+    """The same case, its image's header in metres."""
+    volume = nib.Nifti1Image(image(), np.eye(4))
+    volume.header.set_xyzt_units("meter")
+    nib.save(volume, given["image"])
+    return given
+
+
 def test_counts_by_name_and_one_bad_case_stops_nothing(tmp_path):
     task = tiny_task(labels={"aorta": label(1, file_values=[820]), "liver": label(2), "spleen": label(3)})
     raw = mask(v1=4, v2=6).astype(np.uint16)
@@ -148,6 +165,9 @@ def test_counts_by_name_and_one_bad_case_stops_nothing(tmp_path):
         case(tmp_path, "unlabelled", None),
         {"id": "gone", "image": str(tmp_path / "gone.nii.gz"), "label": str(tmp_path / "gone_label.nii.gz")},
         case(tmp_path, "channels", mask(v2=1), picture=np.stack([image(), image(1)], -1)),
+        case(tmp_path, "air", mask(v2=1), picture=image() - 1e5),
+        in_metres(case(tmp_path, "metres", mask(v2=1))),
+        {**case(tmp_path, "listed", mask(v2=1)), "label_names": {"liver": ["not", "a", "value"]}},
     ]
     report = audit(task, cases)
     found = {c.case["id"]: c for c in report.cases}
@@ -161,6 +181,9 @@ def test_counts_by_name_and_one_bad_case_stops_nothing(tmp_path):
         "unlabelled": "no label",
         "gone": "does not exist",
         "channels": "found 2 channels",
+        "air": "no voxel above -175",
+        "metres": "too large for the network's grid",
+        "listed": "TypeError",
     }
     for name, words in problems.items():
         assert words in found[name].problem

@@ -9,9 +9,13 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
+from typer.testing import CliRunner
 
+from lib.app.cli.commands import app
+from lib.volumes.reading import read_volume
 from lib.volumes.series import SeriesError, Volume, read_headers, volume_of, write_nifti
 from support.dicoms import AXIAL, make_series, with_uids
+from support.training import OPTIONS
 
 OBLIQUE = (0.8, 0.6, 0.0, -0.48, 0.64, 0.6)
 GRIDS = {
@@ -158,3 +162,77 @@ def test_slopes_of_single_slices_are_applied(tmp_path: Path) -> None:
     volume, image = converted(tmp_path / "s")
     expected = np.stack([raw[str(ds.SOPInstanceUID)] for ds in volume.headers]).transpose(2, 1, 0)
     np.testing.assert_allclose(np.asarray(image.dataobj), expected, rtol=1e-6)
+
+
+# Folders on the command line ------------------------------------------------------------------------------------------
+
+
+def test_folder_is_read_as_its_series(tmp_path: Path) -> None:
+    """Whatever else is in the folder."""
+    make_series(tmp_path / "s")
+    _, image = converted(tmp_path / "s")
+    (tmp_path / "s" / "README.txt").write_text("notes " * 100)
+    (tmp_path / "s" / "thumbs").mkdir()
+    read = read_volume(tmp_path / "s")
+    np.testing.assert_array_equal(read[0].numpy(), np.asarray(image.dataobj))
+    np.testing.assert_allclose(read.affine, image.affine, atol=1e-4)
+
+
+def test_folder_without_identifiers_is_read(tmp_path: Path) -> None:
+    make_series(tmp_path / "s", without=("SeriesInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID"))
+    assert read_volume(tmp_path / "s").shape == (1, 9, 7, 5)
+
+
+def broken(folder: Path, how: str) -> Path:
+    make_series(folder)
+    files = sorted(folder.iterdir(), key=lambda f: int(pydicom.dcmread(f).InstanceNumber))
+    ds = pydicom.dcmread(files[2])
+    if how == "missing":
+        files[2].unlink()
+    elif how == "doubled":
+        ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+        ds.save_as(folder / "again.dcm")
+    elif how == "localizer":
+        ds.ImageOrientationPatient = [1, 0, 0, 0, 0, -1]
+        ds.save_as(folder / "localizer.dcm")
+    elif how == "two series":
+        make_series(folder, modality="MR")
+    elif how == "above":
+        folder.rename(folder.with_name("series"))
+        folder.mkdir()
+        folder.with_name("series").rename(folder / "series")
+    return folder
+
+
+REFUSED = {
+    "missing": r"missing or unevenly spaced: distances from 3.000 to 6.000 mm",
+    "doubled": "several slices at one position: the series holds more than one volume",
+    "localizer": "the slices differ in size, pixel spacing or orientation",
+    "two series": r"holds 2 series, expected one: series 1, (CT|MR) \(5 files, e.g. .*; series 1, (MR|CT) \(5 files",
+    "above": "the folder holds no DICOM image; its sub folders are series",
+}
+
+
+@pytest.mark.parametrize("how", REFUSED)
+def test_folder_that_is_not_one_volume_is_refused(how: str, tmp_path: Path) -> None:
+    folder = broken(tmp_path / "s", how)
+    with pytest.raises(ValueError, match=f"{folder}: cannot be read as an image: .*{REFUSED[how]}"):
+        read_volume(folder)
+
+
+def test_command_line_refuses_what_an_archive_would(tmp_path: Path) -> None:
+    folders = [broken(tmp_path / how, how) for how in ("missing", "localizer", "doubled")]
+    make_series(tmp_path / "good", (24, 24, 12))
+    arguments = ["infer", *folders, tmp_path / "good", "--task", "quickstart", "--out", tmp_path / "out", *OPTIONS]
+    result = CliRunner().invoke(app, [str(a) for a in (*arguments, "--model-dir", tmp_path / "model")])
+    assert result.exit_code == 1
+    output = " ".join(result.output.split())
+    for folder, words in zip(
+        folders, ("from 3.000 to 6.000 mm", "differ in size", "more than one volume"), strict=True
+    ):
+        assert f"{folder.name}: cannot be read as an image" in output and words in output
+    # The others are segmented, each on its own grid.
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["good.nii.gz", "good.json"][::-1]
+    np.testing.assert_allclose(
+        nib.load(tmp_path / "out" / "good.nii.gz").affine, read_volume(tmp_path / "good").affine, atol=1e-4
+    )

@@ -24,6 +24,7 @@ from lib.scoring import CaseScoring, scoring_methods
 from lib.scoring.background import METHOD, Background
 from lib.scoring.methods import SERVER
 from lib.scoring.turns import Turns
+from lib.stores.cases import why_empty
 from lib.stores.dicom.store import DicomStore
 from lib.stores.interface import Store
 from lib.stores.labelfolder import FINAL, UNCERTAINTY
@@ -104,7 +105,10 @@ class BiPVLApp(MONAILabelApp):
         if self.studies.startswith(("http://", "https://")):
             with upstream.dicom_store(partial(DicomStore, tasks=tuple(self.tasks.values()), software=VERSION)):
                 return cast(Store, super().init_datastore())
-        return LocalStore(self.studies, settings.MONAI_LABEL_DATASTORE_READ_ONLY, tuple(self.tasks.values()))
+        store = LocalStore(self.studies, settings.MONAI_LABEL_DATASTORE_READ_ONLY, tuple(self.tasks.values()))
+        if not store.list_images() and (hint := why_empty(store.folder)):
+            logger.warning("%s: no images: %s", self.studies, hint)
+        return store
 
     def on_init_complete(self) -> None:
         """Called by MONAI Label's server only, before it accepts connections."""

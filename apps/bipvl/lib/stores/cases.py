@@ -23,6 +23,7 @@ from lib.tasks import Task
 from lib.volumes.reading import align_label, check_grid, check_image, encode, read_header, read_volume
 
 SUFFIXES = (".nii.gz", ".nii", ".seg.nrrd", ".nrrd", ".mha", ".mhd")
+LOOKED_AT = 1000  # files, before nothing is said about a folder
 LABELS_FOLDER = Path("labels") / "final"
 
 
@@ -171,8 +172,9 @@ def _audit_case(task: Task, given: Mapping[str, Any], voxels: bool) -> CaseAudit
         else:
             counts = {n: int((encoded == i).sum()) for i, n in enumerate(task.classes, 1)}
         counts = {n: count for (n, count), known in zip(counts.items(), annotated, strict=True) if known}
-    except ValueError as error:
-        return CaseAudit(case, counts, str(error))
+    except Exception as error:  # whatever is wrong with a case, it costs that case alone
+        problem = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        return CaseAudit(case, counts, problem)
     return CaseAudit(case, counts, None)
 
 
@@ -190,6 +192,39 @@ def volumes(folder: Path) -> dict[str, list[Path]]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     return {case: sorted(paths) for case, paths in sorted(found.items())}
+
+
+def why_empty(folder: Path) -> str:
+    """What a folder without images holds instead, if it looks like a mistake; empty if not."""
+    looked = 0
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(
+            name for name in folders if not name.startswith(".") and Path(parent, name) != folder / "labels"
+        )
+        for name in sorted(files):
+            file = Path(parent, name)
+            if Path(parent) != folder and name.lower().endswith(SUFFIXES):
+                return (
+                    f"there are images in sub folders, e.g. {file.relative_to(folder)}, and only those directly in the "
+                    "folder count: move them there, or name that sub folder"
+                )
+            if _is_dicom(file):
+                return (
+                    f"there are DICOM files, e.g. {file.relative_to(folder)}, which count in a DICOMweb archive only: "
+                    "store them in one and name its address, or convert each series to NIfTI"
+                )
+            looked += 1
+            if looked == LOOKED_AT:
+                return ""
+    return ""
+
+
+def _is_dicom(file: Path) -> bool:
+    try:
+        with file.open("rb") as opened:
+            return opened.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
 
 
 def newest(paths: Sequence[Path]) -> Path:
@@ -259,7 +294,8 @@ def _from_json(path: Path) -> list[Case]:
 
 def _unique(cases: list[Case], source: Path) -> list[Case]:
     if not cases:
-        raise ValueError(f"{source}: no images; valid names end in {', '.join(SUFFIXES)}")
+        hint = why_empty(source) if source.is_dir() else ""
+        raise ValueError(f"{source}: no images; valid names end in {', '.join(SUFFIXES)}{hint and f'; {hint}'}")
     counts = Counter(case["id"] for case in cases)
     twins = [name for name, count in counts.items() if count > 1]
     if twins:

@@ -179,10 +179,15 @@ def check_image(image: MetaTensor, task: Task) -> None:
         raise ValueError(f"{path}: {bad} of {voxels.numel()} voxels are NaN or infinite")
     if voxels.min() == voxels.max():
         raise ValueError(f"{path}: empty volume, every voxel is {float(voxels.min()):g}")
-    if task.intensity.low is not None and voxels.max() <= task.intensity.low:
-        raise ValueError(
-            f"{path}: no voxel above {task.intensity.low:g}: nothing to segment; check the unit of its intensities"
-        )
+    low = task.intensity.low
+    if low is not None and voxels.max() <= low:
+        raise ValueError(f"{path}: no voxel above {low:g}: nothing to segment; check the unit of its intensities")
+    if low is None and not any(_varies(channel[channel != 0]) for channel in voxels):
+        raise ValueError(f"{path}: all voxels other than 0 have one value: nothing to segment")
+
+
+def _varies(values: Tensor) -> bool:
+    return bool(values.numel() and values.min() != values.max())
 
 
 def align_label(label: MetaTensor, image: MetaTensor) -> MetaTensor:

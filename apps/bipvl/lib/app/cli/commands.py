@@ -97,7 +97,10 @@ def infer(
     device: DeviceOption = None,
     set_: SetOption = None,
 ) -> None:
-    """Write a mask (and its JSON) for each volume."""
+    """Write a mask (and its JSON) for each volume: a file, or a folder with the slices of one DICOM series.
+
+    What cannot be used is named, the others are segmented, and the exit status is 1.
+    """
     chosen = _task(task, set_)
     engine = BiPVLInfer(chosen, model_dir / chosen.name)
     start_from_shipped(chosen, engine.versions)
@@ -132,7 +135,10 @@ def evaluate(
     device: DeviceOption = None,
     set_: SetOption = None,
 ) -> None:
-    """Score a version on labelled cases: DSC, HD95 and NSD per class and case."""
+    """Score a version on labelled cases: DSC, HD95 and NSD per class and case.
+
+    A case that cannot be used is named and left out, and the exit status is 1.
+    """
     chosen = _task(task, set_)
     engine = BiPVLInfer(chosen, model_dir / chosen.name)
     start_from_shipped(chosen, engine.versions)
@@ -140,15 +146,22 @@ def evaluate(
     if not cases:
         raise ValueError(f"{data}: no labelled case to evaluate")
     rows: list[metrics.Row] = []
-    examined, used = Examined(chosen), 0
+    examined, used, failed = Examined(chosen), 0, 0
     for case in track(cases, "Evaluating", console=console):
         image, label = Path(case["image"]), Path(str(case["label"]))
-        mask, result = _segment(engine, image, version, overlap, tta, device)
-        scores = metrics.evaluate_case(chosen, Path(mask), label, case["id"], tolerance)
+        try:
+            mask, result = _segment(engine, image, version, overlap, tta, device)
+            scores = metrics.evaluate_case(chosen, Path(mask), label, case["id"], tolerance)
+        except ValueError as error:
+            console.print(f"[red]{case['id']}: {error}", highlight=False)
+            failed += 1
+            continue
         examined.files(scores, image, Path(mask), label, result)
         rows += scores
         used = result["model_version"]
         Path(mask).unlink()
+    if not rows:
+        raise ValueError(f"{data}: none of {failed} labelled case(s) can be evaluated")
     out.mkdir(parents=True, exist_ok=True)
     metrics.write_csv(rows, out / "metrics.csv")
     metrics.write_json(rows, out / "metrics.json")
@@ -156,6 +169,8 @@ def evaluate(
     page = evaluation_report(chosen, used, engine.versions.manifests(), examined, tolerance)
     write_report(page, out / "report.html")
     console.print(f"Written: {out / 'metrics.csv'}, {out / 'metrics.json'}, {out / 'report.html'}")
+    if failed:
+        raise typer.Exit(1)
 
 
 @versions_app.command("list")
