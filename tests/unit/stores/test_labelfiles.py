@@ -108,7 +108,7 @@ def test_what_is_no_label_is_refused_and_kept(studies, labels):
     flipped = bytearray(gzip.decompress(whole))
     nrrd = drawing(folder / "x.nrrd", 1).read_bytes()
     cases = {
-        "text.nii.gz": (b"this is no label", "Not a gzipped file"),
+        "text.nii.gz": (b"this is no label", "not a NIfTI file"),
         "nothing.nii.gz": (b"", "cannot be read"),
         "cut.nii.gz": (whole[:-12], "damaged or cut off"),
         "cut.nii": (bytes(flipped[:-5]), "cannot be read"),

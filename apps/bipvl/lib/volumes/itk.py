@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
+HEADER_BYTES = 1 << 16  # in which the field stands, if it does
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 # They bypass the log and reach the terminal without the name of the case.
@@ -54,6 +55,13 @@ def read(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     if image.GetNumberOfComponentsPerPixel() == 1:
         voxels = np.moveaxis(voxels, 3, 0) if voxels.ndim == 4 else voxels[None]
     return voxels, _affine(image.GetDirection(), image.GetSpacing(), image.GetOrigin())
+
+
+def names_space(path: Path) -> bool:
+    """Whether the header of an NRRD file says in which space its directions are."""
+    with path.open("rb") as file:
+        header = re.split(rb"\r?\n\r?\n", file.read(HEADER_BYTES), maxsplit=1)[0]
+    return re.search(rb"(?im)^space\s*:", header) is not None
 
 
 def _affine(direction: tuple[float, ...], spacing: tuple[float, ...], origin: tuple[float, ...]) -> np.ndarray:

@@ -27,8 +27,10 @@ logger = logging.getLogger(__name__)
 SUFFIXES = (".nii.gz", ".nii")
 GZIP = b"\x1f\x8b"
 MILLIMETRES = {1: 1000.0, 3: 0.001}  # NIfTI's codes for metres and micrometres
+# How files begin: the size of the header.
+NIFTI1 = (348).to_bytes(4, "little"), (348).to_bytes(4, "big")
 NIFTI2 = (540).to_bytes(4, "little"), (540).to_bytes(4, "big")
-ANY_LENGTH = -np.inf  # of a rounded quaternion, which may be longer than 1
+ANY_LENGTH = np.float64(-np.inf)  # of a rounded quaternion, which may be longer than 1
 
 
 class _Header1(nib.Nifti1Header):
@@ -62,13 +64,16 @@ def open_nifti(path: str | Path) -> Any:
     """The file as nibabel's image, its voxels not yet read.
 
     Raises:
-        whatever nibabel raises on a file that is not NIfTI.
+        ValueError: not a NIfTI file.
+        Whatever nibabel and gzip raise on a damaged one.
     """
     path = Path(path)
     suffix = true_suffix(path)
     packed = suffix == ".nii.gz"
     with gzip.open(path) if packed else path.open("rb") as file:
         start = file.read(4)
+        if start not in NIFTI1 + NIFTI2:
+            raise ValueError("not a NIfTI file, whatever its name says")
         kind = _Image2 if start in NIFTI2 else _Image1
         if packed != path.name.lower().endswith(".gz"):  # nibabel goes by the name
             _tell_name(path, suffix)

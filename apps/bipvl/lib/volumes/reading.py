@@ -13,7 +13,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar, cast
 
-import nrrd
 import numpy as np
 import torch
 from monai.data import MetaTensor
@@ -116,7 +115,7 @@ def _channels_last(shape: tuple[int, ...]) -> tuple[int, ...]:
 @lru_cache(maxsize=1024)
 def _tell_space(path: Path) -> None:
     """Say once what had to be assumed of an NRRD file; read again, it need not be said again."""
-    if path.name.lower().endswith(".nrrd") and not path.is_dir() and "space" not in nrrd.read_header(str(path)):
+    if path.name.lower().endswith(".nrrd") and path.is_file() and not itk.names_space(path):
         logger.warning("%s names no space: taken as left-posterior-superior, as ITK and 3D Slicer do", path)
 
 
@@ -202,7 +201,8 @@ def align_label(label: MetaTensor, image: MetaTensor) -> MetaTensor:
     if label.ndim != 4 or label.shape[0] != 1:
         found = f"shape {tuple(label.shape)}"
         raise ValueError(f"{source_of(label)}: expected a label with one channel and three axes, found {found}")
-    _check_affine(source_of(label), label.affine.numpy())
+    for volume in (label, image):
+        _check_affine(source_of(volume), volume.affine.numpy())
     ours, theirs = _placements(label), _placements(image)
     fitting = []
     for (drawn, here), (shown, there) in itertools.product(ours.items(), theirs.items()):
@@ -226,7 +226,10 @@ def align_label(label: MetaTensor, image: MetaTensor) -> MetaTensor:
 def _placements(volume: MetaTensor) -> dict[str, np.ndarray]:
     """By name, the affines that a volume's header allows, of which the first is taken; equal ones stand once."""
     found = {"": volume.affine.numpy()}
-    for name, affine in nifti.forms(source_of(volume)).items():
+    taken, *others = nifti.forms(source_of(volume)).items() or [("", found[""])]
+    if _apart(volume.shape, taken[1], found[""]) > GRID_TOLERANCE:
+        return found  # cropped or resampled since it was read: what the header says is not about this grid
+    for name, affine in others:
         if _usable(affine) and all(_apart(volume.shape, affine, known) > GRID_TOLERANCE for known in found.values()):
             found[name] = affine
     return found
@@ -241,9 +244,14 @@ def _turned(label: MetaTensor, here: np.ndarray, shape: Sequence[int], there: np
     return turned, _apart(shape, turned.affine.numpy(), there)
 
 
+def _corners(shape: Sequence[int]) -> np.ndarray:
+    """The eight outermost voxels (8, 4) of a grid (channels, H, W, D), homogeneous."""
+    return np.array([[*c, 1] for c in np.ndindex(2, 2, 2)]) * [*np.subtract(shape[1:], 1), 1]
+
+
 def _apart(shape: Sequence[int], one: np.ndarray, other: np.ndarray) -> float:
     """How many voxels the corners of a grid (channels, H, W, D) lie apart under two affines."""
-    corners = np.array([[*c, 1] for c in np.ndindex(2, 2, 2)]) * [*np.subtract(shape[1:], 1), 1]
+    corners = _corners(shape)
     return float(np.abs(corners @ np.linalg.solve(other, one).T - corners).max())
 
 
@@ -275,7 +283,7 @@ def _twice(volume: MetaTensor, placements: dict[str, np.ndarray]) -> str:
 
 
 def _millimetres(shape: Sequence[int], one: np.ndarray, other: np.ndarray) -> float:
-    corners = np.array([[*c, 1] for c in np.ndindex(2, 2, 2)]) * [*np.subtract(shape[1:], 1), 1]
+    corners = _corners(shape)
     return float(np.linalg.norm(corners @ (one - other).T, axis=1).max())
 
 
