@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import nibabel as nib
@@ -236,3 +237,21 @@ def test_command_line_refuses_what_an_archive_would(tmp_path: Path) -> None:
     np.testing.assert_allclose(
         nib.load(tmp_path / "out" / "good.nii.gz").affine, read_volume(tmp_path / "good").affine, atol=1e-4
     )
+
+    # As cases, too: the good one is scored, here against its own mask.
+    cases = [{"image": name, "label": "out/good.nii.gz"} for name in ("missing", "good")]
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    arguments = [
+        "evaluate",
+        "--data",
+        tmp_path / "cases.json",
+        "--task",
+        "quickstart",
+        "--out",
+        tmp_path / "e",
+        *OPTIONS,
+    ]
+    result = CliRunner().invoke(app, [str(a) for a in (*arguments, "--model-dir", tmp_path / "model")])
+    assert result.exit_code == 1 and "missing: " in result.output
+    rows = (tmp_path / "e" / "metrics.csv").read_text().splitlines()[1:]
+    assert rows and all("good" in row for row in rows)
