@@ -184,6 +184,9 @@ def test_label_that_fits_neither_form_names_the_cause(tmp_path):
         align_label(read_volume(drawn(tmp_path / "label.nii.gz", elsewhere)), read_volume(image))
     assert f"the header of {image} places it in several ways" in str(error.value)
     assert "sform up to 40 mm" in str(error.value)
+    with pytest.raises(ValueError, match="the header of image 'a' places it in several ways") as error:
+        check_label_file(tmp_path / "label.nii.gz", image, "a")
+    assert str(tmp_path) not in str(error.value)
 
 
 def test_label_that_fits_in_two_voxel_orders_is_refused(tmp_path):
@@ -280,6 +283,19 @@ def test_list_of_volumes_in_nrrd_is_channels(tmp_path, first):
         ValueError, match=r"expected a label with one channel and three axes, found shape \(2, 4, 5, 6\)"
     ):
         align_label(image, read_volume(write(tmp_path / "i.nii", (1, 1))))
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_metaimage_of_two_channels_on_an_oblique_grid(tmp_path, compressed):
+    image = sitk.GetImageFromArray(np.stack([VOXELS.T, VOXELS.T + 1000], -1), isVector=True)
+    image.SetDirection((0.8, -0.6, 0, 0.6, 0.8, 0, 0, 0, 1))
+    image.SetSpacing((2, 1.5, 3))
+    image.SetOrigin((-30, 12, -100))
+    sitk.WriteImage(image, str(tmp_path / "image.mha"), compressed)
+    # Columns by hand: the direction's times 2, 1.5 and 3 mm; x and y turn from LPS to RAS.
+    expected = [[-1.6, 0.9, 0, 30], [-1.2, -1.2, 0, -12], [0, 0, 3, -100], [0, 0, 0, 1]]
+    np.testing.assert_allclose(ours(tmp_path / "image.mha"), expected, atol=1e-9)
+    assert np.array_equal(read_volume(tmp_path / "image.mha").numpy(), np.stack([VOXELS, VOXELS + 1000]))
 
 
 def test_nrrd_that_cannot_be_read_says_why(tmp_path):
