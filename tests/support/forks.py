@@ -248,6 +248,7 @@ def _become(job: dict[str, Any], own: str) -> None:
     arguments, environment = job["arguments"], job["environment"]
     os.environ.clear()
     os.environ.update(environment)
+    time.tzset()  # read once, else
     os.chdir(job["folder"])
     sys.executable = job["python"]
     signal.signal(signal.SIGINT, signal.default_int_handler)
