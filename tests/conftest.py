@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +80,26 @@ def real_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three phantoms with labels, drawn once for all workers; tests do not change them."""
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
+    """Writes what `write_studies` writes. A phantom takes seconds to draw: each is drawn once for all workers."""
     root = tmp_path_factory.getbasetemp()
-    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "phantoms"
-    with FileLock(f"{folder}.lock"):
-        write_studies(folder, cases=3, labelled=3, seed=1)  # those that are there are left alone
+    drawn = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "phantoms"
+
+    def write(folder: Path, cases: int, labelled: int, seed: int = 1) -> None:
+        with FileLock(f"{drawn}-{seed}.lock"):  # those that are there are left alone
+            images = write_studies(drawn / str(seed), cases=cases, labelled=cases, seed=seed)
+        files = [*images, *(image.parent / "labels" / "final" / image.name for image in images[:labelled])]
+        for file in files:
+            target = folder / file.relative_to(drawn / str(seed))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def studies(tmp_path_factory: pytest.TempPathFactory, phantoms: Callable[..., None]) -> Path:
+    """Three phantoms with labels; tests do not change them."""
+    folder = tmp_path_factory.mktemp("studies")
+    phantoms(folder, cases=3, labelled=3)
     return folder

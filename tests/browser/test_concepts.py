@@ -8,7 +8,6 @@ import pytest
 
 from lib.tasks import load_task
 from lib.tasks.revisions import Revisions
-from lib.volumes.phantoms.studies import write_studies
 from support.browser import ACCOUNT, ACCOUNT_OF_SERVER, SMALL, chromium, needs_browser, sync_api, visiting
 from support.server import Server
 
@@ -21,17 +20,23 @@ HOSTILE = """<img src=x onerror="document.title='owned'"><script>document.title=
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def server(tmp_path_factory, phantoms):
     folder = tmp_path_factory.mktemp("concepts")
-    write_studies(folder / "studies", cases=2, labelled=1, seed=1)
+    phantoms(folder / "studies", cases=2, labelled=1)
     conf = {**SMALL, "models": "quickstart"}
     with Server(folder / "studies", folder / "models", conf, **ACCOUNT_OF_SERVER) as server:
         yield server
 
 
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as started:
+        yield started
+
+
 @pytest.fixture
-def visit(server):
-    with chromium() as browser, visiting(browser, server.url) as visit:
+def visit(browser, server):
+    with visiting(browser, server.url) as visit:
         visit.page.goto(f"{server.url}/concepts/")
         visit.page.get_by_label("liver, shape").wait_for()
         yield visit

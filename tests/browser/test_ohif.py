@@ -127,6 +127,14 @@ def visit(browser: sync_api.Browser, address: str) -> Iterator[Visit]:
         yield started
 
 
+@pytest.fixture(scope="module")
+def panel(browser: sync_api.Browser, address: str) -> Iterator[sync_api.Page]:
+    """The study list, for tests of the panel's arithmetic, which leave it as it is."""
+    with visiting(browser, address) as started:
+        started.page.goto(f"{address}/ohif/")
+        yield started.page
+
+
 @pytest.mark.slow
 @needs_orthanc
 @needs_browser
@@ -169,9 +177,8 @@ def test_viewer_shows_the_image(visit: Visit) -> None:
 @pytest.mark.slow
 @needs_orthanc
 @needs_browser
-def test_masks_of_any_axis_order_are_shown_where_they_belong(visit: Visit) -> None:
+def test_masks_of_any_axis_order_are_shown_where_they_belong(panel: sync_api.Page) -> None:
     """The panel's own arithmetic, in the browser: a volume comes back from a file, on the grid of the viewer."""
-    visit.page.goto(f"{visit.address}/ohif/")
     generator = np.random.default_rng(0)
     for _ in range(40):
         shape = generator.integers(1, 6, 3)
@@ -184,7 +191,7 @@ def test_masks_of_any_axis_order_are_shown_where_they_belong(visit: Visit) -> No
         steps = np.where(backwards, -1, 1)
         start = affine[:, 3] + matrix[:, order] @ (backwards * (np.array(other.shape) - 1))
         moved = np.c_[matrix[:, order] * steps, start]
-        found = visit.page.evaluate(
+        found = panel.evaluate(
             """async ([stored, grid]) => {
                 const { fromNifti, onGrid, toNifti } = await import('/ohif/bipvl/volumes.js')
                 const file = await (await toNifti(stored)).arrayBuffer()
@@ -202,8 +209,7 @@ def test_masks_of_any_axis_order_are_shown_where_they_belong(visit: Visit) -> No
 @needs_orthanc
 @needs_browser
 @pytest.mark.parametrize("change", ["spacing", "position", "size", "direction"])
-def test_a_mask_on_another_grid_is_not_shown(visit: Visit, change: str) -> None:
-    visit.page.goto(f"{visit.address}/ohif/")
+def test_a_mask_on_another_grid_is_not_shown(panel: sync_api.Page, change: str) -> None:
     grid = {"dimensions": [4, 5, 6], "affine": [[1, 0, 0, 10], [0, 1, 0, 20], [0, 0, 3, 30]]}
     mask = {**grid, "affine": [list(row) for row in grid["affine"]]}
     if change == "spacing":
@@ -216,6 +222,6 @@ def test_a_mask_on_another_grid_is_not_shown(visit: Visit, change: str) -> None:
         mask["affine"][0][1] = 0.1
     mask["data"] = [0] * int(np.prod(mask["dimensions"]))
     with pytest.raises(sync_api.Error, match="another"):
-        visit.page.evaluate(
+        panel.evaluate(
             "async ([mask, grid]) => (await import('/ohif/bipvl/volumes.js')).onGrid(mask, grid)", [mask, grid]
         )

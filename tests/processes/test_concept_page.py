@@ -12,7 +12,6 @@ import pytest
 
 from lib.app.web.access.guard import role_needed
 from lib.tasks import load_task
-from lib.volumes.phantoms.studies import write_studies
 from support.server import Server
 from support.training import SMALL
 
@@ -21,9 +20,9 @@ SHAPE = {"liver": {"shape": "A narrow crescent, thin on both sides."}}
 
 
 @pytest.fixture(scope="module")
-def studies(tmp_path_factory):
+def studies(tmp_path_factory, phantoms):
     folder = tmp_path_factory.mktemp("concepts") / "studies"
-    write_studies(folder, cases=2, labelled=1, seed=1)
+    phantoms(folder, cases=2, labelled=1)
     return folder
 
 

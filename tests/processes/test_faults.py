@@ -23,7 +23,6 @@ from monailabel.client.client import MONAILabelClientException
 from lib.model import versions
 from lib.model.versions import Versions
 from lib.stores.local import LocalStore
-from lib.volumes.phantoms.studies import write_studies
 from support import FAULTS
 from support.load import digest
 from support.rounds import Rounds
@@ -50,9 +49,9 @@ def rounds(tmp_path_factory):
 
 
 @pytest.fixture
-def studies(tmp_path):
+def studies(tmp_path, phantoms):
     folder = tmp_path / "studies"
-    write_studies(folder, cases=3, labelled=2, seed=1)
+    phantoms(folder, cases=3, labelled=2)
     return folder
 
 
@@ -164,10 +163,10 @@ def test_full_disk_while_training(rounds, studies, tmp_path, mount, table, momen
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory, rounds):
+def running(tmp_path_factory, rounds, phantoms):
     """A server with one published version, shared by the tests that leave it whole."""
     folder = tmp_path_factory.mktemp("server")
-    write_studies(folder / "studies", cases=3, labelled=2, seed=1)
+    phantoms(folder / "studies", cases=3, labelled=2)
     rounds.start(folder / "studies", folder / "models", **ROUND)
     assert rounds.wait() == 0, rounds.log.read_text()
     with Server(folder / "studies", folder / "models", CONF) as server:
@@ -309,9 +308,9 @@ def test_kill_of_the_server_while_labels_are_saved(tmp_path, studies, table):
     )
 
 
-def test_full_disk_while_a_label_is_saved(tmp_path, mount, table):
+def test_full_disk_while_a_label_is_saved(tmp_path, phantoms, mount, table):
     studies = mount("-t", "tmpfs", "-o", "size=32m", "tmpfs", target=tmp_path / "studies")
-    write_studies(studies, cases=2, labelled=1, seed=1)
+    phantoms(studies, cases=2, labelled=1)
     with Server(studies, tmp_path / "models", CONF) as server:
         before = labels(studies)
         label = drawing(studies, "phantom_000", tmp_path, 5)

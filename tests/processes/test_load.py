@@ -2,9 +2,8 @@
 
 import pytest
 
-from lib.volumes.phantoms.studies import write_studies
 from support import load
-from support.server import Server
+from support.server import Server, add_case
 from support.training import SMALL
 
 CLIENTS = 8
@@ -12,9 +11,11 @@ SECONDS = 120
 
 
 @pytest.mark.slow
-def test_eight_clients_for_two_minutes(tmp_path, capsys):
+def test_eight_clients_for_two_minutes(tmp_path, phantoms, capsys):
     studies = tmp_path / "studies"
-    write_studies(studies, cases=12, labelled=0, seed=3)
+    phantoms(tmp_path, cases=3, labelled=0)
+    for number in range(12):
+        add_case(studies, tmp_path / f"phantom_{number % 3:03}.nii.gz", f"case_{number:02}")
     images = {p.name.removesuffix(".nii.gz"): p for p in studies.glob("*.nii.gz")}
     with Server(studies, tmp_path / "models", {"models": "quickstart", **SMALL}) as server:
         result = load.run(server.client.get_server_url(), "quickstart", images, tmp_path, CLIENTS, SECONDS)

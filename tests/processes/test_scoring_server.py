@@ -17,7 +17,6 @@ from monailabel.client import MONAILabelClient
 from lib.scoring import cache
 from lib.stores.dicom.listing import FRESH_SECONDS
 from lib.stores.local import LocalStore
-from lib.volumes.phantoms.studies import write_studies
 from support.archive import Archive, needs_orthanc
 from support.series import ACCOUNT, SHAPE, stored
 from support.server import Server
@@ -52,9 +51,9 @@ def scoring_processes() -> list[psutil.Process]:
 
 
 @pytest.mark.slow
-def test_scores_fill_themselves_and_decide(tmp_path: Path) -> None:
+def test_scores_fill_themselves_and_decide(tmp_path: Path, phantoms: Callable[..., None]) -> None:
     studies, models = tmp_path / "studies", tmp_path / "models"
-    write_studies(studies, cases=6, labelled=2)
+    phantoms(studies, cases=6, labelled=2, seed=0)
     with Server(studies, models, {}, **SCORING) as server:
         client: MONAILabelClient = server.client
         assert list(client.info()["strategies"]) == ["random", "first", *RANKED]

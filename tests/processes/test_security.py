@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from lib.volumes.phantoms.studies import write_studies
 from support import ROOT
 from support.attack import PASSWORDS, Evil, bomb, raw, tar_with, users_file, zip_with
 from support.server import ELSEWHERE, Server
@@ -22,9 +21,9 @@ LISTED = "https://viewer.example.org"
 
 
 @pytest.fixture(scope="module")
-def studies(tmp_path_factory):
+def studies(tmp_path_factory, phantoms):
     folder = tmp_path_factory.mktemp("security") / "studies"
-    write_studies(folder, cases=2, labelled=1, seed=1)
+    phantoms(folder, cases=2, labelled=1)
     return folder
 
 

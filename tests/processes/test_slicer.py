@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import itk
@@ -23,7 +24,6 @@ from lib.stores.local import LocalStore
 from lib.tasks import list_tasks, load_task
 from lib.trainers import BiPVLTrain
 from lib.volumes.masks import write_mask
-from lib.volumes.phantoms.studies import write_studies
 from support.helpers import label, tiny_task, write_nifti
 from support.server import ELSEWHERE, Server, add_case
 from support.slicer import Slicer, loop, shown, widget_of
@@ -34,9 +34,9 @@ USERS = {"BIPVL_USER": "ada", "BIPVL_PASSWORD": "a long word"}
 
 
 @pytest.fixture(scope="module")
-def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def studies(tmp_path_factory: pytest.TempPathFactory, phantoms: Callable[..., None]) -> Path:
     folder = tmp_path_factory.mktemp("slicer") / "studies"
-    write_studies(folder, cases=4, labelled=1, seed=1)
+    phantoms(folder, cases=4, labelled=1)
     return folder
 
 

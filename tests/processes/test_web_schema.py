@@ -6,7 +6,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis.generation import GenerationMode
 
-from lib.volumes.phantoms.studies import write_studies
 from support.server import Server
 from support.training import SMALL
 
@@ -17,9 +16,9 @@ LONG = ("/train/", "/batch/")  # starting these is minutes of work, and the subj
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def server(tmp_path_factory, phantoms):
     folder = tmp_path_factory.mktemp("schema")
-    write_studies(folder / "studies", cases=1, labelled=1, seed=1)
+    phantoms(folder / "studies", cases=1, labelled=1)
     with Server(folder / "studies", folder / "models", SMALL) as server:
         yield server
 

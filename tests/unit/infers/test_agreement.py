@@ -13,7 +13,6 @@ from lib.infers.explain.agreement import FLOOR, agreement, fit, own_fit
 from lib.infers.explain.label_check import check_labels
 from lib.model.predict import Prediction
 from lib.tasks import load_task
-from lib.volumes.phantoms.studies import write_studies
 from support.helpers import tiny_overlapping_task, tiny_task, write_nifti
 from support.server import Server
 
@@ -161,10 +160,10 @@ def test_a_label_that_cannot_be_used_does_not_stop_the_others(oracle, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_server_finds_the_mask_that_was_shifted(tmp_path):
+def test_a_server_finds_the_mask_that_was_shifted(tmp_path, phantoms):
     """The model that comes with the app, and a liver 24 mm too far to the front in one of three labels."""
     studies = tmp_path / "studies"
-    write_studies(studies, cases=4, labelled=3)
+    phantoms(studies, cases=4, labelled=3, seed=0)
     final = studies / "labels" / "final"
     names = sorted(path.name.split(".")[0] for path in final.glob("*.nii.gz"))
     file, task = final / f"{names[1]}.nii.gz", load_task("quickstart")
