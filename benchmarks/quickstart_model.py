@@ -1,9 +1,9 @@
 """Train the model that the quickstart starts with, and score it: python -m benchmarks.quickstart_model
 
-Everything is generated: it trains on phantoms whose seeds are neither those of the quickstart's examples nor those it
-is scored on, and writes the checkpoint to `apps/bipvl/shipped/quickstart.pt`. With `--real FOLDER` it also scores two
-CT scans with automatic labels (TotalSegmentator's examples). One CPU core takes about ten minutes. The numbers of one
-machine come out again on it, with the same number of threads.
+Everything is generated. It trains on phantoms with other seeds than the quickstart's examples and the scored ones, and
+writes the checkpoint to `apps/bipvl/shipped/quickstart.pt`. With `--real FOLDER` it also scores two
+CT scans with automatic labels (TotalSegmentator's examples). One CPU core takes about ten minutes. The numbers
+repeat on one machine with the same number of threads.
 """
 
 from __future__ import annotations

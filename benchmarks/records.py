@@ -1,7 +1,7 @@
-"""Results as JSON Lines: one run a line, and what is long about it (its curves) compressed beside it.
+"""Results as JSON Lines: one run per line, and its long curves compressed beside it.
 
     accuracy.jsonl               everything of a run but its curves
-    accuracy.curves.jsonl.gz     {"name": …, "curves": …} of each run that has some
+    accuracy.curves.jsonl.gz     {"name": …, "curves": …} of each run with curves
 
 Files are rewritten whole, beside their place, under a lock: several processes may add runs to one of them.
 """
@@ -26,7 +26,7 @@ Run = dict[str, Any]
 
 
 def read(file: Path, curves: bool = False) -> list[Run]:
-    """The runs of a file, in its order; none where it does not exist. `curves` puts each run's own back into it."""
+    """The runs of a file, in its order; none if it does not exist. `curves` puts each run's own back into it."""
     runs = _lines(file.read_bytes()) if file.is_file() else []
     beside = _beside(file)
     if curves and beside.is_file():
@@ -36,7 +36,7 @@ def read(file: Path, curves: bool = False) -> list[Run]:
 
 
 def find(file: Path, name: str) -> Run | None:
-    """The run of this name, without its curves; None where there is none."""
+    """The run of this name, without its curves; None if there is none."""
     return next((run for run in read(file) if run.get("name") == name), None)
 
 

@@ -5,7 +5,7 @@
     python -m benchmarks.accuracy ablate-text CHECKPOINT --data FOLDER            own, shuffled, names only, empty text
     python -m benchmarks.accuracy tables                                          docs/research/accuracy.md, its plots
 
-A run writes one line of JSON; a stopped matrix goes on where it was.
+A run is one line of the results. A stopped matrix continues where it stopped.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ WORK = Path.home() / ".cache" / "bipvl-accuracy"
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 DataOption = Annotated[Path, typer.Option("--data", help="folder of the data set")]
 WorkOption = Annotated[Path, typer.Option(help="preprocessed volumes, checkpoints, claims")]
-ResultsOption = Annotated[Path, typer.Option(help="JSON Lines, a run a line")]
+ResultsOption = Annotated[Path, typer.Option(help="JSON Lines, one run per line")]
 TextOption = Annotated[bool, typer.Option(help="score with other text, too")]
 PrecisionOption = Annotated[str, typer.Option(help="bf16 or float32; training only")]
 TaskOption = Annotated[str, typer.Option("--task", help="name of a shipped task")]
@@ -225,7 +225,7 @@ def plan_command(
 
 
 def claim(path: Path) -> bool:
-    """Take a run for this process; False where another living process has it."""
+    """Take a run for this process; False if another living process has it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_file() and not Path(f"/proc/{path.read_text() or 0}").is_dir():
         path.unlink(missing_ok=True)

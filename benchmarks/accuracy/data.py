@@ -38,7 +38,7 @@ def find_cases(folder: Path) -> list[dict[str, str]]:
     """The labelled volumes of a data set's folder.
 
     Known layouts: `imagesTr` and `labelsTr` with equal names (AMOS22, Medical Segmentation Decathlon), `X_image` beside
-    `X_label` (MM-WHS), `X` beside `X_gt` (ACDC, in one folder or one a patient). Files end in .nii or .nii.gz. The
+    `X_label` (MM-WHS), `X` beside `X_gt` (ACDC, in one folder or one per patient). Files end in .nii or .nii.gz. The
     patient is what comes before `_frame`, and else the case itself.
 
     Raises:
@@ -137,7 +137,7 @@ class Preprocessed(Dataset):
 
 class Patches(Dataset):
     """Item i is the i-th training step's batch: its cases and its random numbers depend on seed and i alone. A third
-    part says which classes each label was drawn for, where the volumes have `annotated`."""
+    part says which classes each label was drawn for, if the volumes have `annotated`."""
 
     def __init__(self, task: Task, volumes: Any, steps: int, seed: int) -> None:
         self.volumes, self.steps, self.seed = volumes, steps, seed

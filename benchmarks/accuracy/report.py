@@ -1,4 +1,4 @@
-"""Tables and plots of the accuracy benchmark, from the JSON files of its runs."""
+"""Tables and plots of the accuracy benchmark, from the results of its runs."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def select(results: Iterable[Result], model: str, variant: str = "", patients: i
 
 
 def main_table(results: list[Result], models: Sequence[str]) -> str:
-    """A line a model, and after it those of its variants, where there are any: DSC, HD95, NSD, and DSC of each class;
+    """One line per model, and after it those of its variants, if there are any: DSC, HD95, NSD, and DSC of each class;
     mean ± standard deviation over runs."""
     lines = []
     classes: list[str] = []
@@ -166,7 +166,7 @@ def paper_row(results: list[Result]) -> str:
 
 
 def plot_few_labels(results: list[Result], path: Path) -> None:
-    """DSC over the number of training patients, once there are two: a point a run, a line through the means."""
+    """DSC over the number of training patients, once there are two: one point per run, a line through the means."""
     if len({len(r["patients"]["training"]) for r in results}) < 2:
         return
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
@@ -188,7 +188,7 @@ def plot_few_labels(results: list[Result], path: Path) -> None:
 
 
 def plot_training(results: list[Result], path: Path) -> None:
-    """Losses, sigmas, alignment and concept weights over the steps, a column a head; a line a seed."""
+    """Losses, sigmas, alignment and concept weights over the steps, one column per head; one line per seed."""
     models = [m for m in ("bipvl-fixed", "bipvl-text") if select(results, m)]
     if not models:
         return
@@ -265,7 +265,7 @@ def _text_dice(result: Result, kind: str, by: str) -> float | None:
 
 
 def _spread(values: Sequence[float | None], factor: float, digits: int) -> str:
-    """Mean ± standard deviation over runs; the value alone where there is one run."""
+    """Mean ± standard deviation over runs; the value alone if there is one run."""
     counted = [v * factor for v in values if v is not None]
     if not counted:
         return "-"

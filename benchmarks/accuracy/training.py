@@ -124,7 +124,7 @@ def build_network(run: Run, task: Task) -> TrainingNetwork | VisionTraining:
 
 
 def optimizer_of(network: TrainingNetwork | VisionTraining, task: Task) -> torch.optim.AdamW:
-    """AdamW, with the app's groups where there is text."""
+    """AdamW, with the app's groups if there is text."""
     recipe = task.training
     reads = isinstance(network, TrainingNetwork)
     groups = network.parameter_groups() if reads else [{"params": list(network.parameters())}]
@@ -152,7 +152,7 @@ def train(
     Args:
         network: on the device.
         task: recipe.
-        patches: the batches, one a step.
+        patches: the batches, one per step.
         probe: batches on which alignment and concept weights are measured.
         kind: `bf16` or `float32`.
         workers: processes that prepare batches.
@@ -192,7 +192,7 @@ def train(
 @torch.no_grad()
 def text_state(model: BiPVLSeg, probe: Sequence[tuple[Tensor, ...]], device: torch.device, kind: str) -> dict[str, Any]:
     """Concept weights w_k (C, K) and the cosines of T and V of all classes (C, C), mean over the probe's patches; the
-    spread of the class rows, 0 where all sentences have become one vector."""
+    spread of the class rows, 0 if all sentences have become one vector."""
     model.eval()
     weights, similarity, spread = [], [], []
     for image, *_ in probe:
@@ -234,7 +234,7 @@ def score(task: Task, cases: Sequence[dict[str, str]], found: Iterable[np.ndarra
 
 
 def scores(rows: Sequence[Row]) -> dict[str, Any]:
-    """Means of each class and of the classes, and each case's three numbers; null where not counted."""
+    """Means of each class and of the classes, and each case's three numbers; null if not counted."""
     means = {
         name: {m: _plain(values[m].mean) for m in METRICS} | {"n": values["dice"].n}
         for name, values in summary(rows).items()
@@ -246,7 +246,7 @@ def scores(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def derangements(n: int, limit: int = 4) -> Iterator[tuple[int, ...]]:
-    """Orders of n classes in which none keeps its place; the cyclic shifts where there are more than `limit`."""
+    """Orders of n classes in which none keeps its place; the cyclic shifts if there are more than `limit`."""
     if n <= 4 and sum(1 for p in permutations(range(n)) if all(i != j for i, j in enumerate(p))) <= limit:
         yield from (p for p in permutations(range(n)) if all(i != j for i, j in enumerate(p)))
     else:

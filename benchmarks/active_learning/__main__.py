@@ -4,8 +4,8 @@
     python -m benchmarks.active_learning tables                   docs/using/next-case.md and its plot
 
 A run is one strategy with one seed: a few labelled patients, a training round, the strategy's choice of the next
-patients, a round that goes on from the one before, and so on. All strategies of a seed share the first round. A run
-writes one JSON file; what was stopped goes on where it was, and several processes may share one work folder.
+patients, a round that continues from the previous one, and so on. All strategies of a seed share the first round. A run
+is one line of the results. A stopped run continues where it stopped, and several processes may share one work folder.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Simulation:
         strategy: a key of `RANKINGS`, `random`, `first` (by patient's name), or `FIRST`: the first round alone.
         seed: of weights, patches, augmentation, the first patients and random choices. The split does not depend on it.
         task, head, size, overrides: as in `accuracy_settings.Run`.
-        start, add, rounds: labelled patients at first, new ones a round, and how often new ones are chosen.
+        start, add, rounds: labelled patients at first, new ones per round, and how often new ones are chosen.
         first_steps, steps: training steps of the first round and of each later one.
     """
 
@@ -178,7 +178,7 @@ def _values(label: torch.Tensor, task: Task) -> np.ndarray:
 
 
 def first_round(spec: Simulation, bench: Bench, results: Path, work: Path) -> tuple[TrainingNetwork, dict[str, Any]]:
-    """Network and record of the first round of a seed, trained where that has not been done."""
+    """Network and record of the first round of a seed, trained if that has not been done."""
     own = replace(spec, strategy=FIRST, rounds=0)
     saved, weights = records.find(results, own.name), work / "active-learning" / f"{own.name}.pt"
     network = build_network(own.network, bench.task)
@@ -254,7 +254,7 @@ def run_command(
     first_steps: Annotated[int, typer.Option(help="training steps of the first round")] = Simulation.first_steps,
     steps: Annotated[int, typer.Option(help="training steps of every later round")] = Simulation.steps,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value of the task")] = None,
-    results: Annotated[Path, typer.Option(help="JSON Lines, a run a line")] = RESULTS,
+    results: Annotated[Path, typer.Option(help="JSON Lines, one run per line")] = RESULTS,
     work: Annotated[Path, typer.Option(help="preprocessed volumes, first rounds, claims")] = WORK,
     document: Annotated[Path | None, typer.Option(help="where the tables go")] = DOCUMENT,
     image: Annotated[Path, typer.Option(help="the plot")] = PLOT,
@@ -297,7 +297,7 @@ def tables_command(
     task: str = Simulation.task,
     size: str = Simulation.size,
     head: str = Simulation.head,
-    results: Annotated[Path, typer.Option(help="JSON Lines, a run a line")] = RESULTS,
+    results: Annotated[Path, typer.Option(help="JSON Lines, one run per line")] = RESULTS,
     document: Annotated[Path | None, typer.Option(help="where the tables go")] = DOCUMENT,
     image: Annotated[Path, typer.Option(help="the plot")] = PLOT,
 ) -> None:

@@ -1,4 +1,4 @@
-"""Tables and the plot of the active-learning simulation, from the JSON files of its runs."""
+"""Tables and the plot of the active-learning simulation, from the results of its runs."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def of(results: Iterable[Result], strategy: str) -> dict[int, Result]:
 
 
 def curve_table(results: list[Result]) -> str:
-    """Dice by labelled patients, a line a strategy."""
+    """Dice by labelled patients, one line per strategy."""
     counts = sorted({len(r["labelled"]) for result in results for r in result["rounds"]})
     lines = []
     for strategy in ORDER:
@@ -176,7 +176,7 @@ def _pools(results: list[Result], patients: int) -> list[list[dict[str, float]]]
 
 
 def _spread(values: Sequence[float], digits: int = 1, signed: bool = False) -> str:
-    """Mean ± standard deviation over runs; the value alone where there is one."""
+    """Mean ± standard deviation over runs; the value alone if there is one."""
     if not values:
         return "-"
     middle = f"{mean(values):{'+' if signed else ''}.{digits}f}"

@@ -5,7 +5,7 @@
 Starts Orthanc (which must be installed) with copies of one DICOM series as several patients, saves labels through the
 store that the server uses, and asks for the next sample after each. "archive" is the time between a request's first
 byte and its answer's last; "here" is the rest; "processor" is the processor time of this process, which other programs
-on the machine do not change. Nothing of it is kept.
+on the machine do not change. It keeps no results.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Seconds and memory of the network beside MONAI's Swin UNETR of the same size, measured alternately in one run.
 
-    python -m benchmarks.speed.network inference     one window: allocator, precision, layout, windows a pass, compiler
+    python -m benchmarks.speed.network inference     one window: allocator, precision, layout, batch, compiler
     python -m benchmarks.speed.network training      one step: forward, losses, backward, clipping, AdamW
-    python -m benchmarks.speed.network memory        the peak of one window and of two steps, a process each
+    python -m benchmarks.speed.network memory        the peak of one window and of two steps, in separate processes
 
-All print a table and write benchmarks/results/<command>-<vision>.json. A GPU is measured with --device cuda. Without
+All print a table and write a line of benchmarks/results/speed.jsonl. A GPU is measured with --device cuda. Without
 options they measure `amos22-ct` at 96³, feature size 48, 15 classes x 6 sentences, BERT-base.
 """
 
@@ -123,7 +123,7 @@ def inference(
     device: Device = "cpu",
     threads: Threads = 2,
     repeats: Repeats = 7,
-    extras: Annotated[bool, typer.Option(help="also layout, windows a pass and re-reading the text")] = True,
+    extras: Annotated[bool, typer.Option(help="also layout, windows per pass and re-reading the text")] = True,
     compiler: Annotated[bool, typer.Option(help="also torch.compile (minutes to compile)")] = False,
 ) -> None:
     """Seconds a window of each network."""
@@ -221,7 +221,7 @@ class Step:
 
 
 Patch = Annotated[int, typer.Option(help="voxels a side")]
-Batch = Annotated[int, typer.Option(help="patches a step")]
+Batch = Annotated[int, typer.Option(help="patches per step")]
 Checkpointing = Annotated[bool, typer.Option(help="recompute activations, in both networks")]
 
 

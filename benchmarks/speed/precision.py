@@ -1,6 +1,6 @@
 """Does bfloat16 on a CPU cost accuracy? Dice of a trained model in both precisions, on the same volumes.
 
-python -m benchmarks.speed.precision CHECKPOINT --phantoms 6            generated volumes that no one trained on
+python -m benchmarks.speed.precision CHECKPOINT --phantoms 6            generated volumes that it was not trained on
 python -m benchmarks.speed.precision CHECKPOINT --data cases.json       a JSON list of {"image": …, "label": …}
 """
 

@@ -1,4 +1,4 @@
-"""How the time of a volume grows: with its size, the overlap, the windows a pass, and the number of sentences.
+"""How the time of a volume grows: with its size, the overlap, the windows per pass, and the number of sentences.
 
     python -m benchmarks.speed.scaling                       two cores: narrow networks, patch 64³
     python -m benchmarks.speed.scaling --device cuda --feature-size 48 --patch 96

@@ -1,8 +1,8 @@
 """What surrounds the network, through a real server and MONAI Label's own client.
 
-    python -m benchmarks.speed.serving request    one CT of 256 x 256 x 128 voxels of 1.5 x 1.5 x 2 mm: the time's parts
+    python -m benchmarks.speed.serving request    a CT of 256 x 256 x 128 voxels of 1.5 x 1.5 x 2 mm
     python -m benchmarks.speed.serving request --shape 512 512 397 --spacing 0.9 0.9 1.5 --overlap 0.5
-    python -m benchmarks.speed.serving restore    bringing a mask back to the file's grid, not by resampling every voxel
+    python -m benchmarks.speed.serving restore    bringing a mask back to the file's grid
     python -m benchmarks.speed.serving round       from pressing train to the new version served: where the time goes
 
 `request` serves `amos22-ct` at full size with random weights: masks are noise, the worst case for restoring and

@@ -3,9 +3,9 @@
     python -m benchmarks.text.explanation run FILE... --data FOLDER     checkpoints of accuracy.py
     python -m benchmarks.text.explanation tables                        the section of docs/research/explanation.md
 
-Two readings, both on real images with masks drawn by hand. "masks": the image is as it is, one organ's mask is shifted,
-grown or mirrored. "images": the organ itself is shifted, grown or mirrored in the image, and the model judges its own
-mask. AUROC: how often a score puts a case with an error below one without; 0.5 is chance.
+Both settings use real images with masks drawn by hand. "masks" shifts, grows or mirrors one organ's mask. "images"
+shifts, grows or mirrors the organ itself in the image, and the model judges its own mask. AUROC: how often a score puts
+a case with an error below one without; 0.5 is chance.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A phantom of left and right: two equal nodes, told apart by their side alone, and the task that describes them.
 
-The image shows a body with an unlabelled organ on one side and a bright column behind, so that sides can be told. The
+The image shows a body with an unlabelled organ on one side and a bright column behind, which give away the sides. The
 sentences of the two nodes differ in the words "left" and "right" and, in the wording `names`, in made-up names.
 """
 
@@ -45,7 +45,7 @@ def task(head: str, wording: str = "sides", **training: float) -> Task:
     return task_from_dict(
         {
             "name": "laterality",
-            "description": "Two equal nodes, one a side",
+            "description": "Two equal nodes, one per side",
             "modality": "CT",
             "channels": ["CT"],
             "labels": {n: {"value": i, "snomed": snomed, "color": [9, 9, 9]} for i, n in enumerate(names, 1)},
@@ -90,7 +90,7 @@ def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def train(task: Task, steps: int, seed: int) -> BiPVLSeg:
-    """A network trained on fresh phantoms, two a step, in evaluation mode."""
+    """A network trained on fresh phantoms, two per step, in evaluation mode."""
     torch.manual_seed(seed)
     network = TrainingNetwork(build_model(task), task).train()
     recipe, generator = task.training, torch.Generator().manual_seed(seed)

@@ -170,7 +170,7 @@ def moves(task: Task, run: Predict, label: Tensor) -> dict[str, Any]:
 
 
 def dice(a: Tensor, i: int, b: Tensor, j: int) -> float:
-    """Dice of two masks; 1 where both are empty."""
+    """Dice of two masks; 1 if both are empty."""
     first, second = a == i, b == j
     total = int(first.sum() + second.sum())
     return round(float(2 * (first & second).sum()) / total, 4) if total else 1.0

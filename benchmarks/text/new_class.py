@@ -1,12 +1,12 @@
 """A class that joins a trained network: from its description, or as a fresh output channel.
 
-    python -m benchmarks.text.new_class run --data FOLDER      trains, adapts and scores; goes on where it was stopped
+    python -m benchmarks.text.new_class run --data FOLDER      trains, adapts and scores; continues where it stopped
     python -m benchmarks.text.new_class run --task amos22-ct --data FOLDER --fold 0 --new liver
     python -m benchmarks.text.new_class run --task quickstart --new spleen          generated phantoms
     python -m benchmarks.text.new_class tables                 the section of docs/research/text.md
 
-A network of each head is trained on a task without one class, whose voxels are background there, as they are in the
-files of people who have not asked for it yet. Then the class joins the task. With the text head the network goes on as
+A network of each head is trained on a task without one class, whose voxels are background there, as in the
+files of people who do not need it yet. Then the class joins the task. With the text head the network stays as
 it is and reads the class's sentences; with the fixed head its output channel begins anew, and all other weights stay.
 Both are scored at once (0 cases) and after a short training on 1, 3 and 5 cases in which all classes are drawn; with
 `--mix` half of the steps see all earlier cases, in which the class is neither drawn nor counted, as in a round.

@@ -1,6 +1,6 @@
 """One network for two tasks: abdominal CT and cardiac MR, trained in turns, each with its own sentences.
 
-    python -m benchmarks.text.two_tasks run --heart FOLDER --abdomen FOLDER    trains and scores; goes on where it was
+    python -m benchmarks.text.two_tasks run --heart FOLDER --abdomen FOLDER    trains and scores; may be repeated
     python -m benchmarks.text.two_tasks tables                                   the section of docs/research/text.md
 
 With the text head no weight knows a class, so that two tasks can share all of them: sizes, scan and preprocessing are

@@ -145,7 +145,7 @@ def test_install_leaves_a_folder_alone_that_is_no_environment(workplace: Workpla
     (workplace.venv / "thesis.txt").write_text("years of work")
     result = workplace.run("install")
     assert result.returncode == 1
-    assert "is no Python environment and not empty" in result.stderr
+    assert "is not a Python environment and not empty" in result.stderr
     assert (workplace.venv / "thesis.txt").read_text() == "years of work"
 
 

@@ -214,9 +214,9 @@ BAD = {
     "filtered": (lambda n: completion("", finish_reason="content_filter"), "content filter"),
     "cut off": (lambda n: completion('{"shape"', finish_reason="length"), "cut off"),
     "no content": (lambda n: completion(None), "the answer is empty"),
-    "no choice": (lambda n: {**completion(""), "choices": []}, "no chat completion"),
-    "other JSON": (lambda n: {"detail": "gateway"}, "no chat completion"),
-    "JSON list": (lambda n: [1], "no chat completion"),
+    "no choice": (lambda n: {**completion(""), "choices": []}, "not a chat completion"),
+    "other JSON": (lambda n: {"detail": "gateway"}, "not a chat completion"),
+    "JSON list": (lambda n: [1], "not a chat completion"),
     "broken JSON": (lambda n: '{"id": "chatcm', "not valid JSON"),
     "very long": (lambda n: completion("{" + "x" * 30_000 + "}"), "30002 characters"),
 }
@@ -237,7 +237,7 @@ def test_a_page_instead_of_an_answer_is_told(endpoint, out):
     endpoint.always["liver"] = lambda name: (200, "<html>log in</html>", {"Content-Type": "text/html"})
     result = generate(endpoint, out, "--attempts", 2)
     assert result.exit_code == 1 and "liver: no answer of 2 could be used" in result.output
-    assert "no chat completion" in result.output
+    assert "not a chat completion" in result.output
 
 
 def test_a_class_is_given_up_after_so_many_answers_and_the_others_are_kept(endpoint, out):

@@ -177,7 +177,7 @@ def brief(error: Exception) -> str:
 
 
 def _text_difference(assets: TextAssets, name: str) -> str | None:
-    """Why the text encoder called `name` is not the one of a checkpoint; None where it is."""
+    """Why the text encoder called `name` is not the one of a checkpoint; None if it is."""
     if name == "scratch":
         return "'scratch' makes a vocabulary of its own"
     try:

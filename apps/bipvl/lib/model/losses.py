@@ -163,7 +163,7 @@ def class_embedding_loss(class_map: Tensor, logits: Tensor, overlapping: bool = 
 
     Args:
         class_map: (B, channels, h, w, d), logits of the class-embedding head.
-        logits: (B, channels, H, W, D), the decoder's logits, background included where there is one.
+        logits: (B, channels, H, W, D), the decoder's logits, background included if there is one.
         overlapping: classes may share voxels.
 
     Returns:

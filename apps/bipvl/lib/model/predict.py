@@ -31,7 +31,7 @@ NOISE = 3  # voxels a side over which the noise of a CT is averaged before it is
 class Prediction:
     """The result on the network's grid.
 
-    probabilities: (channels, h, w, d) float32, background first where classes exclude each other.
+    probabilities: (channels, h, w, d) float32, background first if classes exclude each other.
     concept_weights: (C, K), w_k of Eq. (4), mean over windows weighted by the class's probability mass.
     similarity: (C, C), cosine of the text T of each class (rows) and the vision vector V of each (columns), weighted
         likewise by the column's class. The paper's Fig. 2d.
@@ -63,8 +63,8 @@ class Prediction:
         return torch.isin(torch.arange(1, classes + 1), torch.cat(seen).cpu())
 
     def entropy(self) -> Tensor:
-        """(h, w, d) predictive entropy of each voxel, 0 to 1: of its channels where classes exclude each other, the
-        mean of the classes' binary entropies where they overlap."""
+        """(h, w, d) predictive entropy of each voxel, 0 to 1: of its channels if classes exclude each other, the
+        mean of the classes' binary entropies if they overlap."""
         result = torch.empty(self.probabilities.shape[1:], device=self.probabilities.device)
         for p, part in zip(self.probabilities.split(PART, dim=1), result.split(PART), strict=True):
             if self.overlapping:
@@ -145,7 +145,7 @@ def content(image: Tensor, task: Task) -> Tensor | None:
     Only a task that looks below -900 HU needs this: for any other air is clipped to one constant value. Noise is
     averaged away before voxels are compared, and what is found grows by as much as averaging may have taken from it.
 
-    Returns None where the task needs none.
+    Returns None if the task needs none.
     """
     low, high = task.intensity.low, task.intensity.high
     if task.modality != "CT" or low is None or high is None or low >= AIR:

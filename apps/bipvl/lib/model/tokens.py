@@ -19,7 +19,7 @@ def check_text(task: Task, versions: Versions | None = None) -> list[Problem]:
     """`concept_check.check` with the tokens counted as the next round will count them.
 
     That is by the tokenizer of the served version, from which a round starts; before the first one by that which a BERT
-    from scratch gets, or by an estimate where a hub would have to be asked.
+    from scratch gets, or by an estimate if a hub would have to be asked.
     """
     path = _served(versions) if versions else None
     if path is not None:

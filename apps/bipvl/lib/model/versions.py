@@ -1,14 +1,14 @@
-"""Published model versions: one self-contained checkpoint a version, and a pointer to the one that is served.
+"""Published model versions: one self-contained checkpoint per version, and a pointer to the one that is served.
 
     model/<task>/v0001.pt, v0002.pt, …    checkpoints, never rewritten
     model/<task>/v0001.html, …            reports of the rounds that made them (`lib.model.reports.page`)
     model/<task>/v0001.json, …            their manifests with the checkpoint's sha256, so that listing reads no tensors
     model/<task>/served.json              {"version": 2}
-    model/<task>/history.jsonl            a line each time another version is served: time, from, to, why
+    model/<task>/history.jsonl            one line per change of the served version: time, from, to, why
 
-Every file is written beside its place, synced and renamed, so that a kill at any instant leaves whole files and a
-served model. A checkpoint carries the task, its sentences, the tokenizer and BERT's configuration: a server restarts
-from it without the task's files and without a hub.
+Every file is written beside its place, synced and renamed, so a kill at any instant leaves whole files and a served
+model. A checkpoint carries the task, its sentences, the tokenizer and BERT's configuration. A server restarts from it
+without the task's files and without a hub.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class Versions:
 
     def candidates(self) -> list[int]:
         """Which version to answer with, the best first: the served one, then what was served before it, then what was
-        only kept; newest first. Empty where nothing was ever served."""
+        only kept; newest first. Empty if nothing was ever served."""
         try:
             served = self.served
         except CheckpointError as error:
@@ -148,8 +148,8 @@ class Versions:
         return [served, *once, *(m["version"] for m in others if m["version"] not in once)]
 
     def read_served(self) -> tuple[int, dict[str, Any]] | None:
-        """The served version and its checkpoint; where that is damaged the next best one, and a line in the log says
-        so. None where nothing was ever served.
+        """The served version and its checkpoint; if that is damaged the next best one, and a line in the log says
+        so. None if nothing was ever served.
 
         Raises:
             CheckpointError: there are versions, but none is whole.
@@ -241,7 +241,7 @@ class Versions:
         """
         checkpoint = load(path)
         if not isinstance(checkpoint["manifest"], dict):
-            raise CheckpointError(f"{path}: its manifest is no table of values")
+            raise CheckpointError(f"{path}: its manifest is not a table of values")
         check_same_task(checkpoint, task, path)
         restore_model(checkpoint, path)
         manifest = {**checkpoint["manifest"], "origin": "upload", "parent": None}
@@ -251,7 +251,7 @@ class Versions:
         """Write the next version, serve it if wanted, and remove the oldest beyond `keep`. Returns its number.
 
         Raises:
-            CheckpointError: a manifest that is no plain data.
+            CheckpointError: a manifest that is not plain data.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._locked():
@@ -264,7 +264,7 @@ class Versions:
             try:
                 json.dumps(manifest)
             except (TypeError, ValueError, RecursionError) as error:
-                raise CheckpointError(f"the manifest is no plain data: {brief(error)}") from error
+                raise CheckpointError(f"the manifest is not plain data: {brief(error)}") from error
             path = self.path(version)
             save({**checkpoint, "manifest": manifest}, path)
             write_json(self._sidecar(version), {**manifest, "sha256": sha256(path)})

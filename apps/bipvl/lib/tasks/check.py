@@ -1,6 +1,6 @@
-"""What makes the sentences of a task usable: one rule a function, one `Problem` a finding.
+"""What makes the sentences of a task usable: one function per rule, one `Problem` per finding.
 
-`Task` already refuses what cannot be computed with (a class without text, a missing attribute). The rules here are
+`Task` already refuses what nothing can be computed with (a class without text, a missing attribute). The rules here are
 about wording: sentences describe what is visible in the image, tell the classes apart, state sides and fit the
 tokenizer. The module imports neither torch nor monailabel; the tokenizer comes in as a function.
 """
@@ -57,7 +57,7 @@ _SPECIAL_TOKENS = 2  # [CLS] and [SEP]
 
 @dataclass(frozen=True)
 class Problem:
-    """One broken rule. `class_name`, `attribute` and `sentence` are empty where the rule concerns the whole file;
+    """One broken rule. `class_name`, `attribute` and `sentence` are empty if the rule concerns the whole file;
     `fatal`: with it the text cannot be used, while the others are advice on wording."""
 
     class_name: str
@@ -72,7 +72,7 @@ class Problem:
 
 
 def check(task: Task, count_tokens: Callable[[str], int] | None = None, max_tokens: int = 512) -> list[Problem]:
-    """All problems of a task's sentences; an empty list where there is none.
+    """All problems of a task's sentences; an empty list if there is none.
 
     Args:
         task: the task with its concepts.
@@ -119,7 +119,7 @@ def _sentences(task: Task) -> Iterator[tuple[str, str, str]]:
 
 
 def _contains(sentence: str, phrase: str) -> bool:
-    """True where the words of the phrase stand in the sentence in one run, whatever their case."""
+    """True if the words of the phrase stand in the sentence in one run, whatever their case."""
     words = re.escape(phrase.lower()).replace(r"\ ", r"\s+")
     return re.search(rf"(?<!\w){words}(?!\w)", sentence.lower()) is not None
 

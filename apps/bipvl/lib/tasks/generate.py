@@ -1,8 +1,8 @@
 """Drafting sentences with a language model behind an OpenAI-compatible Chat Completions endpoint.
 
-One conversation a class: the model is told what to write, its answer is checked by the rules of `concept_check`, and
-what is wrong is told back to it, a few times. Only names of classes and what the task file says of them are sent, never
-anything of a patient. What is finished is kept after each class, so that a run that was stopped goes on where it was.
+Each class has a conversation. The model is told what to write, `lib.tasks.check` checks its answer, and the model is
+told what is wrong, a few times. The endpoint gets the names of the classes and what the task file says of them, never
+anything of a patient. Finished classes are kept, so that a stopped run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Drafter:
     """Asks a model for the sentences of one class at a time.
 
     Args:
-        client: of the official library; it waits and asks again by itself where the endpoint is busy.
+        client: of the official library; it waits and asks again by itself if the endpoint is busy.
         model: its name at the endpoint.
         attempts: answers to ask for, at most, before a class is given up.
     """
@@ -159,7 +159,7 @@ def parse(answer: str) -> dict[str, str]:
     """The five sentences of an answer, which may stand in a code fence or between other words.
 
     Raises:
-        Malformed: no JSON object, a key missing or unknown, or a value that is no sentence.
+        Malformed: no JSON object, a key missing or unknown, or a value that is not a sentence.
     """
     if len(answer) > LONGEST_ANSWER:
         raise Malformed(f"the answer has {len(answer)} characters")
@@ -184,7 +184,7 @@ def parse(answer: str) -> dict[str, str]:
 def _content(completion: Any) -> str:
     """The text of the first choice. Endpoints answer in many shapes, and the library passes them on unchecked."""
     if not isinstance(completion, ChatCompletion) or not completion.choices:
-        raise Malformed("the endpoint's answer is no chat completion")
+        raise Malformed("the endpoint's answer is not a chat completion")
     choice = completion.choices[0]
     message = choice.message
     if message is None or getattr(message, "refusal", None):

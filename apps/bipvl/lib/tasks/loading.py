@@ -110,7 +110,7 @@ class _UniqueKeys(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=deep)
             if not isinstance(key, Hashable):
-                raise yaml.YAMLError(f"a key that is no plain text, line {key_node.start_mark.line + 1}")
+                raise yaml.YAMLError(f"a key that is not plain text, line {key_node.start_mark.line + 1}")
             if key in seen:
                 raise yaml.YAMLError(f"duplicate key {key!r}, line {key_node.start_mark.line + 1}")
             seen.add(key)

@@ -2,8 +2,8 @@
 
     model/<task>/concepts/r0001.json, r0002.json, …    never rewritten, never removed
 
-Revision 0 is the task's concepts file. The newest revision is what the next training round reads; a published version
-goes on with the sentences that it was trained with. Each file is whole at every instant.
+Revision 0 is the task's concepts file. The next training round reads the newest revision; a published version
+keeps the sentences that it was trained with. Each file is whole at every instant.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class Revisions:
 
         Raises:
             Conflict: `base` is not the newest any more.
-            TaskError: nothing is different, or the note is no short plain text.
+            TaskError: nothing is different, or the note is not short plain text.
         """
         if len(note) > MAX_NOTE or not note.isprintable():
             raise TaskError(f"note: one line of at most {MAX_NOTE} characters")

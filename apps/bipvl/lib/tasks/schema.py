@@ -91,14 +91,14 @@ class ModelSpec(StrictModel):
     fusion: Literal["bifusion", "late", "identity"] = "bifusion"  # late: at the last stage only
     fusion_attention: Literal["windowed", "full"] = "windowed"
     projection: Annotated[int, Field(ge=8)] = 256
-    head: Literal["fixed", "text"] = "text"  # logits from the class's sentences, or a channel a class (paper)
+    head: Literal["fixed", "text"] = "text"  # logits from the class's sentences, or a channel per class (paper)
     class_embedding: Literal["decoder", "last"] = "decoder"  # class maps of the decoder, or of V_4 (paper)
     checkpointing: bool = False
 
     @model_validator(mode="after")
     def _reads(self) -> ModelSpec:
         if self.head == "text" and self.class_embedding == "last":
-            raise ValueError("class_embedding 'last' has a channel a class: it needs head 'fixed'")
+            raise ValueError("class_embedding 'last' has a channel per class: it needs head 'fixed'")
         return self
 
     @model_validator(mode="after")
@@ -220,7 +220,7 @@ class Task(StrictModel):
 
     @property
     def overlapping(self) -> bool:
-        """True where classes are regions that may share voxels."""
+        """True if classes are regions that may share voxels."""
         return self.regions is not None
 
     @property
@@ -230,7 +230,7 @@ class Task(StrictModel):
 
     @property
     def out_channels(self) -> int:
-        """Channels of the logits: one a class, and background first where classes exclude each other."""
+        """Channels of the logits: one per class, and background first if classes exclude each other."""
         return len(self.classes) + (0 if self.overlapping else 1)
 
     @property

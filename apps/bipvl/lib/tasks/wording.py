@@ -1,5 +1,6 @@
-"""Words of sentences exchanged for their opposites: in training (mirrored patients), and to see what the text moves.
-And what makes a sentence more than plain text."""
+"""Exchange words of sentences for their opposites, in training (mirrored patients) and to see what the text moves.
+
+Also: what makes a sentence more than plain text."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ def exchanged_rows(rows: Sequence[Sequence[str]], first: str, second: str) -> li
 
 
 def markup(sentence: str) -> str | None:
-    """The first thing in a sentence that is not plain text; None where there is none.
+    """The first thing in a sentence that is not plain text; None if there is none.
 
     Sentences are shown on pages and terminals, which escape them. Refusing markup keeps them harmless wherever else
     they are shown, and the network would read it as words.

@@ -23,7 +23,7 @@ from lib.tasks import Task
 
 
 class Output(NamedTuple):
-    """What the network returns; `channels` counts the background where classes exclude each other.
+    """What the network returns; `channels` counts the background if classes exclude each other.
 
     logits: (B, channels, H, W, D).
     class_maps: (B, channels, h, w, d) each, coarse to fine: scores of places for classes (`lib.model.nets.heads`).
@@ -49,7 +49,7 @@ class BiPVLSeg(nn.Module):
     Args:
         vision: the vision backbone.
         text: the text encoder, holding the sentences of the C classes.
-        fusion: one block a stage, (rows, map) → (rows, map).
+        fusion: one block per stage, (rows, map) → (rows, map).
         embedding: what each class looks like in the image; of the decoder, or of the last fused map (paper).
         head: from the decoder's features to logits; fixed or reading.
         projection: P, width of the common space.

@@ -1,4 +1,4 @@
-"""BiFusion, Eq. (2): text and vision exchange information once a stage.
+"""BiFusion, Eq. (2): text and vision exchange information once per stage.
 
     T' = SA(LN(T))                         V' = SA(LN(V))
     T^ = T' + MLP_T(CA(q=T', kv=V'))       V^ = V' + MLP_V(CA(q=V', kv=T^))

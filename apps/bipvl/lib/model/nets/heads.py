@@ -1,7 +1,7 @@
 """The two heads, and what a class looks like in this image: the class embedding.
 
-With the fixed head (the paper's) a class is a channel: text that never changes can be treated as a constant, and
-nothing forces the network to read it. With the text head a class is its sentences and nothing else:
+With the fixed head (the paper's) a class is a channel. Text that never changes acts as a constant, and nothing forces
+the network to read it. With the text head a class is its sentences and nothing else:
 
     logits of class c        =  GAIN · decoder features · MLP(T_c, D_c) / √width + bias        T_c of Eq. (4)
     score of place i for c   =  GAIN · query of place i · key(mean of c's concepts, D_c) / √P
@@ -49,7 +49,7 @@ def distinction(meaning: Tensor, own: Tensor) -> Tensor:
 
 
 class FixedHead(nn.Conv3d):
-    """The paper's output convolution: features (B, width, H, W, D) to logits, a channel a class, whatever the text."""
+    """The paper's output convolution: features (B, width, H, W, D) to logits, one channel per class for any text."""
 
     def __init__(self, width: int, channels: int) -> None:
         super().__init__(width, channels, 1)
@@ -170,7 +170,7 @@ class ClassEmbedding(nn.Module):
 
 
 def _with_background(vectors: Tensor, background: Tensor | None) -> Tensor:
-    """(B, C, n) to (B, channels, n), the background's vector first where there is one."""
+    """(B, C, n) to (B, channels, n), the background's vector first if there is one."""
     if background is None:
         return vectors
     first = background.to(vectors.dtype).expand(len(vectors), 1, -1)

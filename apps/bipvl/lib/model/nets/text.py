@@ -1,6 +1,6 @@
-"""Stage-divided BERT: the text encoder that BiFusion reaches into, one row a sentence.
+"""Stage-divided BERT: the text encoder that BiFusion reaches into, one row per sentence.
 
-T_n is one row a sentence, its [CLS] state. All C·K sentences pass through the layers once for a set of weights; from
+T_n is one row per sentence, its [CLS] state. All C·K sentences pass through the layers once for a set of weights; from
 stage 2 on only the rows are computed again for each image: a row attends to itself and to its own sentence's token
 states of that layer, with BERT's own weights. With fusion switched off this is exactly BERT's [CLS] output.
 """

@@ -86,7 +86,7 @@ class FusedWindowAttention(WindowAttention):
         index = self.relative_position_index[:tokens, :tokens]  # type: ignore[index]
         bias = self.relative_position_bias_table[index.reshape(-1)].view(tokens, tokens, -1)
         scores = bias.permute(2, 0, 1).contiguous()[None]  # (1, heads, tokens, tokens)
-        if mask is not None:  # one a window: windows go where heads are, so that all samples share one mask
+        if mask is not None:  # one per window: windows go where heads are, so that all samples share one mask
             scores = (scores + mask[:, None]).flatten(0, 1)[None]
             q, k, v = (t.reshape(windows // len(mask), -1, tokens, t.shape[-1]) for t in (q, k, v))
         dropout = self.attn_drop.p if self.training else 0.0

@@ -28,7 +28,7 @@ def line_chart(
 
     Args:
         series: name to points (epoch, value). A line of one point is drawn as a dot.
-        colours: one a line, repeated where there are more lines.
+        colours: one per line, repeated if there are more lines.
         log: logarithmic values.
         limits: of the values; else those of the data.
         mark: an epoch to mark by a dashed line.

@@ -2,7 +2,7 @@
 
     model/<task>/v0003.html    beside the version that the round published; goes when the version goes
 
-The page loads nothing and runs no script. It shows slices of the cases, so who may read images may read it, no other.
+The page loads nothing and runs no script. It shows slices of the cases, so only those who may read images may read it.
 """
 
 from __future__ import annotations

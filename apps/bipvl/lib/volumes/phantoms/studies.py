@@ -3,7 +3,7 @@
 A case is drawn from its seed alone: a body with skin, fat, muscle, ribs and lung bases; six labelled organs with the
 intensities of a portal-venous CT; unlabelled neighbours (stomach, bowel, pancreas, vena cava, heart) that keep
 intensity alone from telling the organs apart. Size, position, rotation, shape, contrast, spacing, matrix and the
-order of the stored axes vary. It teaches a network where organs lie; it is no model of a patient.
+order of the stored axes vary. It teaches a network where organs lie; it is not a model of a patient.
 
     python -m lib.volumes.phantoms.studies FOLDER        (with apps/bipvl on PYTHONPATH)
 """
