@@ -175,7 +175,7 @@ def train(
             raise ValueError(f"the loss became {parts['loss'].item()} at step {step}; lower training.learning_rate")
         descend(parts["loss"], optimizer, network.uncertainty if isinstance(network, TrainingNetwork) else None)
         schedule.step()
-        window.append({name: float(value) for name, value in parts.items()})
+        window.append({name: float(value.detach()) for name, value in parts.items()})
         if step % every == 0 or step == steps:
             point = {name: round(sum(w[name] for w in window) / len(window), 4) for name in window[0]}
             point["step"] = step

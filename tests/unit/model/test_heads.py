@@ -285,3 +285,26 @@ def test_a_reading_of_the_text_lasts_some_training_steps(head):
         before = network.model(image).concept_rows
         embeddings.add_(0.5)
         assert not torch.equal(network.model(image).concept_rows, before), "outside training nothing stands in"
+
+
+def test_each_text_has_its_own_interval():
+    """Mirrored steps read a second text. Of it too only the first step in three reads, whatever is dropped."""
+    recipe = {"text_interval": 3, "drop_classes": 1.0}
+    tasks = {mirror: task_for(training={**recipe, "mirror": mirror}) for mirror in (0.0, 1.0)}
+    task = tasks[1.0]
+    network = TrainingNetwork(model_for(task), task).train()
+    text, image, label = network.model.text, image_for(task), label_for(task)
+    network.mirrored = text.tokenize([[f"left {sentence}" for sentence in rows] for rows in task.text_rows()])
+
+    def passes(mirror: float) -> int:
+        network.task = tasks[mirror]
+        before = text.token_passes
+        network(image, label)["loss"].backward()
+        return text.token_passes - before
+
+    assert [passes(1.0) for _ in range(6)] == [2, 0, 0, 2, 0, 0]
+    # A text that was not read for three steps is read anew; until then it is kept, however often the other is read.
+    assert [passes(m) for m in (0.0, 1.0, 0.0, 1.0, 1.0)] == [1, 1, 0, 1, 1]
+    text.begin_epoch()
+    assert [passes(1.0) for _ in range(2)] == [2, 0]
+    assert TrainingNetwork(model_for(task), task).mirrored is None, "these sentences name no side"

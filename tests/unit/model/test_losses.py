@@ -339,7 +339,7 @@ def arguments(name: str, batch: int = 2) -> tuple:
         ),
         "global": (global_alignment_loss, (text, vision)),
         "local": (local_alignment_loss, (rows, vision)),
-        "alignment": (alignment_loss, (text, rows, vision)),
+        "alignment": (lambda t, c, v: alignment_loss(t, c, v).total, (text, rows, vision)),
         "weights and text": (
             lambda t, v: global_alignment_loss(aggregate_text(t, concept_weights(t, v)), v),
             (rows, vision),

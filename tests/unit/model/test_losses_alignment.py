@@ -30,7 +30,7 @@ def vectors(batch: int = 2, classes: int = 5, concepts: int = 3, width: int = 6)
 
 
 def align(text: Tensor, rows: Tensor, vision: Tensor, present: Tensor | None = None) -> Tensor:
-    return alignment_loss(text, rows, vision, hard_negatives=2, present=present)
+    return alignment_loss(text, rows, vision, hard_negatives=2, present=present).total
 
 
 # Eq. 4: concept weights
@@ -169,9 +169,10 @@ def test_alignment_agrees_with_the_naive_loops(hard_negatives):
     local = local_alignment_loss(rows, vision, hard_negatives, present=present)
     assert local.item() == pytest.approx(expected[1], rel=1e-9)
     total = alignment_loss(text, rows, vision, 0.5, 2.0, hard_negatives, TAU, present)
-    assert total.item() == pytest.approx(0.5 * expected[0] + 2 * expected[1], rel=1e-9)
+    assert total.total.item() == pytest.approx(0.5 * expected[0] + 2 * expected[1], rel=1e-9)
+    assert (total.global_part.item(), total.local_part.item()) == pytest.approx(expected, rel=1e-9)
     both = alignment_loss(text, rows, vision, hard_negatives=hard_negatives, present=present)
-    assert both.item() == pytest.approx(sum(expected), rel=1e-9)
+    assert both.total.item() == pytest.approx(sum(expected), rel=1e-9)
 
 
 def test_present_mask_equals_subset_whatever_absent_vectors_hold():

@@ -1,4 +1,5 @@
-"""Reports of rounds and evaluations: what they show, that names stay text, who may read them, and when they go."""
+"""Reports of rounds and evaluations: what they show, that names stay text, who may read them, and when they go; and
+the picture of the versions."""
 
 import base64
 import io
@@ -8,6 +9,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+from matplotlib.image import imread
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -16,8 +18,10 @@ from lib.app.web.access.guard import role_needed
 from lib.model.predict import Prediction
 from lib.model.reports.charts import line_chart
 from lib.model.reports.page import Examined, evaluation_report, round_report, write_report
+from lib.model.reports.version_chart import version_chart
 from lib.model.versions import Versions
 from lib.trainers import judging
+from lib.trainers.gate import decide
 from lib.volumes.picture import CONFUSED, EXTRA, MISSED
 from support.helpers import checkpoint, label, one_hot, tiny_overlapping_task, tiny_task
 from support.training import OPTIONS, SMALL, phantom_cases, small_trainer
@@ -342,3 +346,43 @@ def test_reports_in_a_browser(studies, tmp_path):
             assert {url for url in asked if not url.startswith("data:")} <= {
                 *(server.url + path for path in ("/", place, place.replace("2.h", "1.h"), "/favicon.ico")),
             }
+
+
+# The picture of the versions
+
+CHARTED = ("liver", "spleen")
+
+
+def charted(version, decision, served=False):
+    return {"version": version, "served": served, "gate": decision.to_dict()}
+
+
+def one_case(liver, spleen):
+    return {"case": {"liver": liver, "spleen": spleen}}
+
+
+def test_served_and_kept_versions_differ_in_the_picture(tmp_path):
+    first = decide(None, one_case(0.4, 0.5), CHARTED)
+    better = decide(one_case(0.4, 0.5), one_case(0.6, 0.6), CHARTED)
+    worse = decide(one_case(0.4, 0.5), one_case(0.6, 0.1), CHARTED)
+    pictures = []
+    for second in (better, worse):
+        out = tmp_path / "chart.png"
+        version_chart("organs", [charted(1, first), charted(2, second, served=True)], out)
+        pictures.append(imread(out))
+    assert pictures[0].shape == pictures[1].shape
+    assert not np.array_equal(*pictures)
+
+
+def test_a_damaged_version_is_left_out(tmp_path):
+    first = charted(1, decide(None, one_case(0.4, 0.5), CHARTED), served=True)
+    damaged = {"version": 2, "served": False, "damaged": "cut"}
+    version_chart("organs", [first, damaged], tmp_path / "a.png")
+    version_chart("organs", [first], tmp_path / "b.png")
+    assert np.array_equal(imread(tmp_path / "a.png"), imread(tmp_path / "b.png"))
+
+
+def test_nothing_to_draw_is_said(tmp_path):
+    with pytest.raises(ValueError, match="task 'organs' has no version"):
+        version_chart("organs", [], tmp_path / "a.png")
+    assert not (tmp_path / "a.png").exists()

@@ -11,6 +11,7 @@ under autocast; float64 stays float64. Nothing here draws random numbers: the no
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -317,6 +318,14 @@ def local_alignment_loss(
     return _mean_over(per_concept.mean(1), present)
 
 
+class Alignment(NamedTuple):
+    """The alignment loss and its parts, each a scalar of at least 0."""
+
+    total: Tensor
+    global_part: Tensor
+    local_part: Tensor
+
+
 def alignment_loss(
     text: Tensor,
     concepts: Tensor,
@@ -326,7 +335,7 @@ def alignment_loss(
     hard_negatives: int = 3,
     temperature: float = 0.2,
     present: Tensor | None = None,
-) -> Tensor:
+) -> Alignment:
     """Global-local alignment, Eq. 9: L_align = alpha1 L_glob + alpha2 L_loc.
 
     Args:
@@ -335,13 +344,10 @@ def alignment_loss(
         vision: (B, C, P), vision vectors, with the caller's noise in training.
         alpha1, alpha2: weights of the global and the local term.
         hard_negatives, temperature, present: see `local_alignment_loss`.
-
-    Returns:
-        Scalar, at least 0.
     """
     global_term = global_alignment_loss(text, vision, temperature, present)
     local_term = local_alignment_loss(concepts, vision, hard_negatives, temperature, present)
-    return alpha1 * global_term + alpha2 * local_term
+    return Alignment(alpha1 * global_term + alpha2 * local_term, global_term, local_term)
 
 
 # total, Eqs. 10, 14 and 15

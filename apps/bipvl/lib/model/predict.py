@@ -14,7 +14,7 @@ from monai.inferers import sliding_window_inference
 from torch import Tensor
 from torch.nn import functional as F
 
-from lib.model.alignment import aggregate_text, concept_weights, unit
+from lib.model.alignment import unit
 from lib.model.nets.bipvl import BiPVLSeg, Output
 from lib.model.nets.text import Sentences
 from lib.tasks import AXES, Task
@@ -127,10 +127,8 @@ class _Windows:
     def _collect(self, output: Output, logits: Tensor) -> None:
         p = logits.sigmoid() if self.task.overlapping else logits.softmax(1)[:, 1:]
         mass = p.flatten(2).sum(-1).double()  # (B, C)
-        concepts, vision = output.concepts.float(), output.vision.float()
-        weights = concept_weights(concepts, vision)
-        cosine = torch.einsum("bcp,bdp->bcd", unit(aggregate_text(concepts, weights)), unit(vision))
-        parts = mass.sum(0), (mass[..., None] * weights).sum(0), (mass[:, None] * cosine).sum(0)
+        cosine = torch.einsum("bcp,bdp->bcd", unit(output.text.float()), unit(output.vision.float()))
+        parts = mass.sum(0), (mass[..., None] * output.weights).sum(0), (mass[:, None] * cosine).sum(0)
         if self.mass is None:
             self.mass, self.weights, self.cosine = parts
         else:

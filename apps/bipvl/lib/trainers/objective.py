@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from lib.model.losses import (
     UncertaintyWeights,
+    alignment_loss,
     class_embedding_loss,
     class_maps_loss,
-    global_alignment_loss,
-    local_alignment_loss,
     segmentation_loss,
 )
 from lib.model.nets.bipvl import BiPVLSeg
@@ -35,8 +34,9 @@ class TrainingNetwork(nn.Module):
         self.task = task
         self.uncertainty = UncertaintyWeights(len(LOSSES))
         model.text.interval = task.training.text_interval
-        mirrored = exchanged_rows(task.text_rows(), *MIRROR)
-        self.mirrored = model.text.tokenize(mirrored) if task.training.mirror else None
+        mirrored = model.text.tokenize(exchanged_rows(task.text_rows(), *MIRROR))
+        # Sentences that name no side are read once, not as two texts.
+        self.mirrored = mirrored if task.training.mirror and mirrored.key != model.text.key else None
 
     def forward(self, image: Tensor, label: Tensor, annotated: Tensor | None = None) -> dict[str, Tensor]:
         """The weighted total under "loss", and its parts.
@@ -80,18 +80,18 @@ class TrainingNetwork(nn.Module):
         if self.training:  # Gaussian noise on T and V, on the unit vectors that the losses compare
             text = self._noisy(text)
             vision = self._noisy(vision)
-        global_part = global_alignment_loss(text, vision, recipe.temperature, present)
-        local_part = local_alignment_loss(output.concepts, vision, recipe.hard_negatives, recipe.temperature, present)
-        alignment = recipe.global_weight * global_part + recipe.local_weight * local_part  # Eq. (9)
+        weights = recipe.global_weight, recipe.local_weight
+        settings = recipe.hard_negatives, recipe.temperature
+        alignment = alignment_loss(text, output.concepts, vision, *weights, *settings, present)
 
-        total = self.uncertainty([segmentation, embedding, alignment])
+        total = self.uncertainty([segmentation, embedding, alignment.total])
         return {
             "loss": total,
             "segmentation": segmentation.detach(),
             "class_embedding": embedding.detach(),
-            "alignment": alignment.detach(),
-            "alignment_global": global_part.detach(),
-            "alignment_local": local_part.detach(),
+            "alignment": alignment.total.detach(),
+            "alignment_global": alignment.global_part.detach(),
+            "alignment_local": alignment.local_part.detach(),
         }
 
     def parameter_groups(self, learning_rate: float | None = None) -> list[dict[str, Any]]:

@@ -107,11 +107,14 @@ class BiPVLSeg(nn.Module):
         text = self.text
         if isinstance(self.head, FixedHead):
             assert classes == text.classes, f"{classes} classes for a head of {text.classes}"
+        text.begin_step()
         reference = text.read(text.reference)
         if sentences is None and text.reference is None:
             states = reference
-        elif sentences is not None and sentences.rows is not None:  # a part of the task's own text
-            states = (reference if text.reference is None else text.read()).select(sentences.rows)
+        elif sentences is not None and sentences.rows is not None and (sentences.whole is None or text.interval > 1):
+            # Of the task's own text, which is read anyway; or of one that stands in for the parts of later steps too.
+            own = sentences.whole is None and text.reference is None
+            states = (reference if own else text.read(sentences.whole)).select(sentences.rows)
         else:
             states = text.read(sentences)
         own = reference.meaning.unflatten(0, (text.reference.classes if text.reference else text.classes, -1))

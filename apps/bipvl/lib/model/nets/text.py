@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,7 +39,8 @@ class TextAssets:
 class Sentences:
     """Tokenised text of C classes: ids and mask (R, L), R = C·K rows, class by class; `key` tells texts apart.
 
-    rows: where it is part of the task's own text, the numbers of its rows there.
+    rows: where it is part of another text, the numbers of its rows there.
+    whole: the text that it is part of; None for the task's own.
     """
 
     ids: Tensor
@@ -46,6 +48,7 @@ class Sentences:
     key: str
     classes: int
     rows: Tensor | None = None
+    whole: Sentences | None = None
 
     def to(self, device: torch.device) -> Sentences:
         return replace(self, ids=self.ids.to(device), mask=self.mask.to(device))
@@ -111,8 +114,10 @@ class StageDividedBert(nn.Module):
         self.reference: Sentences | None = None
         self.interval = 1
         self.token_passes = 0
-        self._last: tuple[str, int, TextStates] | None = None  # text, readings it stood in for, states
+        self._step = 0  # of training
+        self._readings: dict[str, tuple[int, TextStates]] = {}  # of each text: the step it was read in, its states
         self._cache: OrderedDict[tuple, TextStates] = OrderedDict()
+        self._lock = threading.Lock()  # of the cache: requests are computed in several threads
         self.checkpointing = checkpointing
 
     @property
@@ -126,7 +131,7 @@ class StageDividedBert(nn.Module):
         numbers = torch.arange(len(text.ids), device=text.ids.device).unflatten(0, (text.classes, -1))
         rows = numbers[classes[:, None].to(numbers.device), concepts.to(numbers.device)].flatten()
         key = f"{text.key}:{classes.tolist()}:{concepts.tolist()}"
-        return Sentences(text.ids[rows], text.mask[rows], key, len(classes), rows if sentences is None else None)
+        return Sentences(text.ids[rows], text.mask[rows], key, len(classes), rows, sentences)
 
     @property
     def assets(self) -> TextAssets:
@@ -164,9 +169,9 @@ class StageDividedBert(nn.Module):
     def read(self, sentences: Sentences | None = None) -> TextStates:
         """Read all sentences: every token through the encoder, once. None: the task's own.
 
-        Without gradients and outside training the result is kept until weights, text, device or precision change. In
-        training, with an `interval` above 1, a text is read with gradients once; in the next `interval` - 1 calls what
-        was read stands in as a constant, a few optimiser steps old.
+        Without gradients and outside training the result is kept until weights, text, device or precision change, and
+        threads that ask for one text at once read it once. In training, with an `interval` above 1, a text is read with
+        gradients once; in the next `interval` - 1 steps what was read stands in as a constant.
         """
         sentences = sentences or self.sentences
         if self.training and torch.is_grad_enabled() and self.interval > 1:
@@ -180,24 +185,30 @@ class StageDividedBert(nn.Module):
             torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
             tuple((p.data_ptr(), p._version) for p in self.bert.parameters()),
         )
-        if key not in self._cache:
-            self._cache[key] = self._read(sentences)
-            while len(self._cache) > CACHED_TEXTS:
-                self._cache.popitem(last=False)
-        return self._cache[key]
+        with self._lock:
+            states = self._cache.get(key)
+            if states is None:
+                states = self._cache[key] = self._read(sentences)
+                while len(self._cache) > CACHED_TEXTS:
+                    self._cache.popitem(last=False)
+            return states
 
     def begin_epoch(self) -> None:
         """Read at the next step, so that a resumed round reads when one that ran through does."""
-        self._last = None
+        self._readings.clear()
+
+    def begin_step(self) -> None:
+        """Count a training step and forget what was read `interval` steps ago. Outside training: nothing."""
+        if self.training and torch.is_grad_enabled():
+            self._step += 1
+            recent = self._step - self.interval
+            self._readings = {key: kept for key, kept in self._readings.items() if kept[0] > recent}
 
     def _read_at_intervals(self, sentences: Sentences) -> TextStates:
-        if self._last:
-            key, used, states = self._last
-            if key == sentences.key and used < self.interval - 1:
-                self._last = key, used + 1, states
-                return states
+        if sentences.key in self._readings:
+            return self._readings[sentences.key][1]
         states = self._read(sentences)
-        self._last = sentences.key, 0, states.detached()
+        self._readings[sentences.key] = self._step, states.detached()
         return states
 
     def _read(self, sentences: Sentences) -> TextStates:

@@ -20,7 +20,7 @@ import torch.utils.checkpoint
 from monai.networks.blocks import UnetrUpBlock
 from monai.networks.layers import SkipConnection
 from monai.networks.nets import UNETR, BasicUNetPlusPlus, SwinUNETR, UNet
-from monai.networks.nets.swin_unetr import WindowAttention
+from monai.networks.nets.swin_unetr import SwinTransformerBlock, WindowAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -79,6 +79,21 @@ class FusedWindowAttention(WindowAttention):
     bias, mask, softmax and product, which is a sixth of the network's time on a CPU (docs/research/speed.md).
     """
 
+    @classmethod
+    def like(cls, plain: WindowAttention) -> FusedWindowAttention:
+        """One with the sizes and the very parameters of MONAI's own. Draws no random number."""
+        with torch.device("meta"):
+            fused = cls(
+                plain.dim,
+                plain.num_heads,
+                plain.window_size,
+                plain.qkv.bias is not None,
+                plain.attn_drop.p,
+                plain.proj_drop.p,
+            )
+        fused.load_state_dict(plain.state_dict(keep_vars=True), assign=True)
+        return fused
+
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Windows (B*W, tokens, width) to the same shape; mask (W, tokens, tokens) is added to the scores."""
         windows, tokens, width = x.shape
@@ -109,10 +124,10 @@ class SwinUNETRBackbone(VisionBackbone):
         self.net = SwinUNETR(
             channels, 1, feature_size=d, num_heads=heads_of_stages, use_checkpoint=checkpointing, use_v2=v2
         )
-        del self.net.out  # the model has its own head
-        for module in self.net.modules():
-            if isinstance(module, WindowAttention):
-                module.__class__ = FusedWindowAttention  # MONAI's blocks build it themselves
+        self.net.out = nn.Identity()  # type: ignore[assignment]  # the model has its own head
+        for block in self.net.modules():
+            if isinstance(block, SwinTransformerBlock):
+                block.attn = FusedWindowAttention.like(block.attn)
 
     def stem(self, image: Tensor) -> tuple[Tensor, Tensor]:
         swin = self.net.swinViT
@@ -151,9 +166,9 @@ class UNETRBackbone(VisionBackbone):
         )
         self.grid = tuple(p // 16 for p in patch)
         self.checkpointing = checkpointing
-        del self.net.out
+        self.net.out = nn.Identity()  # type: ignore[assignment]  # the model has its own head
         for block in self.net.vit.blocks:  # MONAI builds cross-attention that UNETR never runs
-            del block.cross_attn, block.norm_cross_attn
+            block.cross_attn, block.norm_cross_attn = nn.Identity(), nn.Identity()
 
     def stem(self, image: Tensor) -> tuple[Tensor, Tensor]:
         x = self._to_map(self.net.vit.patch_embedding(image))
@@ -222,7 +237,7 @@ class UNetPlusPlusBackbone(VisionBackbone):
         with contextlib.redirect_stdout(io.StringIO()):  # the constructor prints a banner
             self.net = BasicUNetPlusPlus(3, channels, 1, (d, 2 * d, 4 * d, 8 * d, 16 * d, d))
         for n in range(1, 5):
-            delattr(self.net, f"final_conv_0_{n}")
+            setattr(self.net, f"final_conv_0_{n}", nn.Identity())  # the model has its own head
         self.checkpointing = checkpointing
 
     def stem(self, image: Tensor) -> tuple[Tensor, Tensor]:
