@@ -22,7 +22,7 @@ from support.series import ACCOUNT, SHAPE, stored
 from support.server import Server
 
 RANKED = ("uncertainty", "alignment", "diverse", "combined")
-SCORING = {"MONAI_LABEL_AUTO_UPDATE_SCORING": "true"}
+SCORING = {"score_cases": "200"}
 
 
 def until(found: Callable[[], Any], seconds: float, server: Server) -> Any:
@@ -54,7 +54,7 @@ def scoring_processes() -> list[psutil.Process]:
 def test_scores_fill_themselves_and_decide(tmp_path: Path, phantoms: Callable[..., None]) -> None:
     studies, models = tmp_path / "studies", tmp_path / "models"
     phantoms(studies, cases=6, labelled=2, seed=0)
-    with Server(studies, models, {}, **SCORING) as server:
+    with Server(studies, models, SCORING) as server:
         client: MONAILabelClient = server.client
         assert list(client.info()["strategies"]) == ["random", "first", *RANKED]
         # The shipped model is published at the start: it scores six cases while the server answers.
@@ -71,7 +71,7 @@ def test_scores_fill_themselves_and_decide(tmp_path: Path, phantoms: Callable[..
         kept = cache_of(studies)
         assert kept, "what was scored before the kill is on the disk"
 
-    with Server(studies, models, {}, **SCORING) as server:
+    with Server(studies, models, SCORING) as server:
         client = server.client
         assert set(cache_of(studies)) >= set(kept)
         found = until(lambda: len(scored(server)) == 6 and scored(server), 600, server)
@@ -144,7 +144,7 @@ def test_an_archive_is_scored_too(tmp_path: Path) -> None:
             assert all("failed" not in entry and 0 < entry["entropy"] < 1 for entry in before.values())
 
         series.append(stored(archive, tmp_path, 3, labelled=False)[0])
-        with Server(archive.url, models, conf, **environment, **SCORING) as server:
+        with Server(archive.url, models, {**conf, **SCORING}, **environment) as server:
             after = until(lambda: len(found := scored(server)) == 4 and found, 240, server)
             assert {uid: after[uid] for uid in before} == before
             progress = until(lambda: server.call("GET", "/scoring/").json()["progress"], 30, server)

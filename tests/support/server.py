@@ -51,15 +51,14 @@ class Server:
         command = [str(launcher)] if launcher.exists() else [sys.executable, "-m", "monailabel.main"]
         command += ["start_server", "--app", str(ROOT / "apps" / "bipvl"), "--studies", str(studies)]
         command += ["--host", "127.0.0.1", "--port", str(self.port)]
-        for key, value in {"model_dir": str(models), **conf}.items():
+        # Scoring in the background would take the time of tests that are about something else.
+        for key, value in {"model_dir": str(models), "score_cases": "0", **conf}.items():
             command += ["--conf", key, value]
         if faketime:  # not through the program faketime: it would be stopped in the server's place
             (library,) = Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")
             environment |= {"LD_PRELOAD": str(library), "FAKETIME": faketime}
             environment["FAKETIME_DONT_FAKE_MONOTONIC"] = "1"  # else waits with a timeout never end
         env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-        # Scoring in the background would take the time of tests that are about something else.
-        environment = {"MONAI_LABEL_AUTO_UPDATE_SCORING": "false", **environment}
         env |= {k: v for k, v in environment.items() if v is not None}
         self.command, self.env = command, {k: v for k, v in env.items() if environment.get(k, "") is not None}
         self.plain = plain or faketime is not None or not forks.AVAILABLE

@@ -29,13 +29,16 @@ from monailabel.interfaces import app as app_module
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException, MONAILabelException
-from monailabel.interfaces.tasks.batch_infer import BatchInferImageType
+from monailabel.interfaces.tasks.batch_infer import BatchInferImageType, BatchInferTask
+from monailabel.interfaces.tasks.infer_v2 import InferTask as InferInterface
 from monailabel.interfaces.tasks.infer_v2 import InferType
 from monailabel.interfaces.tasks.scoring import ScoringMethod
 from monailabel.interfaces.tasks.strategy import Strategy
+from monailabel.interfaces.tasks.train import TrainTask as TrainInterface
 from monailabel.tasks.infer.basic_infer import BasicInferTask
 from monailabel.tasks.train.basic_train import BasicTrainTask, Context
 from monailabel.tasks.train.handler import prepare_stats
+from monailabel.transform.writer import write_itk
 from monailabel.utils.async_tasks.task import AsyncTask
 from monailabel.utils.async_tasks.utils import tasks as tasks_of
 from monailabel.utils.others.generic import device_list, file_checksum, md5_digest, name_to_device, strtobool
@@ -43,6 +46,7 @@ from requests.adapters import HTTPAdapter
 
 __all__ = [  # of theirs, handed on
     "BatchInferImageType",
+    "BatchInferTask",
     "Context",
     "Datastore",
     "DefaultLabelTag",
@@ -50,6 +54,7 @@ __all__ = [  # of theirs, handed on
     "DICOMwebClient",
     "file_checksum",
     "ImageNotFoundException",
+    "InferInterface",
     "InferType",
     "LabelNotFoundException",
     "md5_digest",
@@ -63,6 +68,8 @@ __all__ = [  # of theirs, handed on
     "Strategy",
     "strtobool",
     "tasks_of",
+    "TrainInterface",
+    "write_itk",
 ]
 
 VERSIONS = {  # what the assumptions were checked with last

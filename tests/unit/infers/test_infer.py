@@ -102,6 +102,24 @@ def test_empty_windows_are_skipped_and_are_background(task):
     assert prediction.concept_weights.sum(-1) == pytest.approx(torch.ones(3), abs=1e-5)
 
 
+def test_weights_and_text_are_those_that_the_network_returned(task):
+    torch.manual_seed(0)
+    model = build_model(task).eval()
+    given = torch.tensor([0.5, 0.3, 0.1, 0.1, 0.0, 0.0]).expand(1, 3, 6)
+
+    def replaced(_model, _inputs, output):
+        """Text and vision of classes 1 and 2 agree, those of 3 are opposites; lengths do not count."""
+        vision = torch.zeros_like(output.vision)
+        vision[0, 0, 0], vision[0, 1, 1], vision[0, 2, 2] = 1, 2, 3
+        return output._replace(weights=given, vision=vision, text=vision * torch.tensor([4, 1, -1]).view(3, 1))
+
+    handle = model.register_forward_hook(replaced)
+    prediction = predict(model, torch.rand(1, *PATCH), task)
+    handle.remove()
+    torch.testing.assert_close(prediction.concept_weights, given[0])
+    torch.testing.assert_close(prediction.similarity, torch.diag(torch.tensor([1.0, 1.0, -1.0])))
+
+
 def test_memory_pressure_falls_back_to_smaller_settings(task, monkeypatch):
     torch.manual_seed(0)
     model = build_model(task).eval()

@@ -47,7 +47,7 @@ def test_a_subset_is_asked_for_and_nothing_else_computed(tmp_path, image):
     engine = BiPVLInfer(task, tmp_path / "m")
     engine.versions.publish(checkpoint(task))
     segment(engine, image)
-    model = engine._model(None, "cpu").model
+    model = engine.models.get(None, "cpu").model
     channels, passes = [], model.text.token_passes
     model.register_forward_hook(lambda _m, _i, output: channels.append(output.logits.shape[1]))
     mask, result = segment(engine, image, label_subset=["aorta", "liver"])
@@ -100,7 +100,7 @@ def test_a_version_of_fewer_classes_answers_for_a_new_one_by_its_description(tmp
     _, result = segment(engine, image)
     assert list(result["voxels"]) == list(ORGANS)
     assert "version 1 never saw a label of aorta: found by description alone" in result["warnings"]
-    loaded = engine._model(None, "cpu")
+    loaded = engine.models.get(None, "cpu")
     assert loaded.task.classes == now.classes
     with torch.no_grad():
         original = versions.restore_model(checkpoint(known))[0].eval()

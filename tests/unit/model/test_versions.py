@@ -345,13 +345,13 @@ def test_a_new_file_under_an_old_number_is_read_again(served, task):
     """The folder was replaced by another one: the model in memory is not that version any more."""
     engine, segment = served
     segment()
-    first = engine._model(None, "cpu").model
+    first = engine.models.get(None, "cpu").model
     for path in engine.versions.folder.iterdir():
         path.unlink()
     for seed in (5, 6):
         engine.versions.publish(checkpoint(task, seed))
     segment()
-    assert not torch.equal(engine._model(None, "cpu").model.project_text.weight, first.project_text.weight)
+    assert not torch.equal(engine.models.get(None, "cpu").model.project_text.weight, first.project_text.weight)
 
 
 def test_changed_sentences_are_a_warning_in_the_result(served, task, tmp_path):

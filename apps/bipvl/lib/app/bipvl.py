@@ -17,8 +17,9 @@ from lib.activelearning.leases import DEFAULT_MINUTES, Leases, Offer
 from lib.app.web.access.options import CONF_KEYS
 from lib.app.web.install import install
 from lib.app.web.sessions import Sessions
-from lib.infers import BiPVLInfer
+from lib.infers import BatchInfer, BiPVLInfer
 from lib.model.allocator import keep_freed_memory
+from lib.model.checkpoints import CheckpointError
 from lib.model.shipped import start_from_shipped
 from lib.scoring import CaseScoring, scoring_methods
 from lib.scoring.background import METHOD, Background
@@ -65,6 +66,7 @@ class BiPVLApp(MONAILabelApp):
         self.leases = Leases(self.model_dir / "leases.json", conf.get("lease_minutes", DEFAULT_MINUTES))
         self.score_cases = _score_cases(conf)
         self.turns = Turns(self.model_dir / "requests.lock")
+        self.batch = BatchInfer(self.model_dir / "batch_infer.json")
         self.background: Background | None = None  # of a server only
         logger.info("Tasks: %s", ", ".join(f"{t.name} ({len(t.classes)} classes)" for t in self.tasks.values()))
         super().__init__(
@@ -133,6 +135,9 @@ class BiPVLApp(MONAILabelApp):
     def init_trainers(self) -> dict[str, BiPVLTrain]:
         return {name: BiPVLTrain(task, self.model_dir / name) for name, task in self.tasks.items()}
 
+    def init_batch_infer(self) -> BatchInfer:
+        return self.batch
+
     def init_strategies(self) -> dict[str, Strategy]:
         return strategies(list(self.tasks), lambda model: self.models[model].served())
 
@@ -194,12 +199,19 @@ class BiPVLApp(MONAILabelApp):
         if not isinstance(image, str) or image not in store.list_images():
             raise HTTPException(404, f"unknown image {image!r}; the datastore has {len(store.list_images())} images")
         result = self.infer_file(request, Path(store.get_image_uri(image)))
-        store.propose(image, request["model"], result["params"]["model_version"], Path(result["file"]))
-        if request.get("save_label"):
-            info = {"model": request["model"], "params": result["params"]}
-            store.save_label(image, result["file"], request.get("label_tag") or "original", info)
-        if file := result["params"].get("uncertainty_map"):
-            result["params"]["uncertainty_map"] = self._keep_map(store, image, request["model"], result["params"], file)
+        params, mask = result["params"], Path(result["file"])
+        try:
+            store.propose(image, request["model"], params["model_version"], mask)
+            if request.get("save_label"):
+                info = {"model": request["model"], "params": params}
+                store.save_label(image, result["file"], request.get("label_tag") or "original", info)
+            if file := params.get("uncertainty_map"):
+                params["uncertainty_map"] = self._keep_map(store, image, request["model"], params, file)
+        except BaseException:  # nobody learns where they are
+            for left in (mask, params.get("uncertainty_map")):
+                if isinstance(left, (str, Path)):
+                    Path(left).unlink(missing_ok=True)
+            raise
         return result
 
     def _keep_map(
@@ -226,6 +238,8 @@ class BiPVLApp(MONAILabelApp):
         try:
             with self.turns.request():
                 file, params = self.models[model]({**request, "image": str(path)})
+        except CheckpointError:
+            raise  # says itself whose fault it is
         except ValueError as error:
             logger.exception("Inference refused")
             raise HTTPException(400, str(error)) from error

@@ -26,7 +26,18 @@ BERT_FIELDS = (
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names the file and the reason."""
+    """A checkpoint that cannot be used; the message names the file and the reason.
+
+    status: the HTTP status that says so. The file is the server's, and so is the fault.
+    """
+
+    status = 500
+
+
+class RefusedCheckpoint(CheckpointError):
+    """A checkpoint, or the number of one, that somebody sent and that cannot be used."""
+
+    status = 400
 
 
 class DamagedCheckpoint(CheckpointError):

@@ -25,6 +25,7 @@ from lib.files import clear_unfinished, now, numbered, sha256, write_json
 from lib.model.checkpoints import (
     CheckpointError,
     DamagedCheckpoint,
+    RefusedCheckpoint,
     brief,
     check_same_task,
     checkpoint_of,
@@ -38,6 +39,7 @@ from lib.tasks import Task
 __all__ = [
     "CheckpointError",
     "DamagedCheckpoint",
+    "RefusedCheckpoint",
     "Versions",
     "check_same_task",
     "checkpoint_of",
@@ -97,7 +99,7 @@ class Versions:
         """The version that a request means: a number, 'v3', or 'served', '' or None for the served one.
 
         Raises:
-            CheckpointError: no such version; the message lists the valid ones.
+            RefusedCheckpoint: no such version; the message lists the valid ones.
         """
         if wanted in (None, "", "served"):
             return self.served
@@ -105,7 +107,7 @@ class Versions:
         if match and int(match[1]) in self.numbers():
             return int(match[1])
         valid = ", ".join(str(n) for n in self.numbers()) or "none yet"
-        raise CheckpointError(f"model version {wanted!r}: valid are 'served' and {valid}")
+        raise RefusedCheckpoint(f"model version {wanted!r}: valid are 'served' and {valid}")
 
     # Reading ------------------------------------------------------------------------------------------------------
 
@@ -224,12 +226,13 @@ class Versions:
         """Serve another version: back or forward. No checkpoint is rewritten; the change is noted in `history.jsonl`.
 
         Raises:
-            CheckpointError: no such version, or its file is damaged.
+            RefusedCheckpoint: no such version.
+            DamagedCheckpoint: its file is damaged.
         """
         with self._locked():
             if version not in self.numbers():
                 valid = ", ".join(map(str, self.numbers())) or "none yet"
-                raise CheckpointError(f"model version {version}: valid are {valid}")
+                raise RefusedCheckpoint(f"model version {version}: valid are {valid}")
             self.verify(version)
             self._point_to(version, why)
 
@@ -237,13 +240,16 @@ class Versions:
         """Publish and serve a checkpoint file from elsewhere. Returns its number.
 
         Raises:
-            CheckpointError: damaged, of another task, or its weights do not fit.
+            RefusedCheckpoint: damaged, of another task, or its weights do not fit.
         """
-        checkpoint = load(path)
-        if not isinstance(checkpoint["manifest"], dict):
-            raise CheckpointError(f"{path}: its manifest is not a table of values")
-        check_same_task(checkpoint, task, path)
-        restore_model(checkpoint, path)
+        try:
+            checkpoint = load(path)
+            if not isinstance(checkpoint["manifest"], dict):
+                raise CheckpointError(f"{path}: its manifest is not a table of values")
+            check_same_task(checkpoint, task, path)
+            restore_model(checkpoint, path)
+        except CheckpointError as error:
+            raise RefusedCheckpoint(str(error)) from error
         manifest = {**checkpoint["manifest"], "origin": "upload", "parent": None}
         return self.publish({**checkpoint, "manifest": manifest}, why="uploaded")
 
@@ -251,7 +257,7 @@ class Versions:
         """Write the next version, serve it if wanted, and remove the oldest beyond `keep`. Returns its number.
 
         Raises:
-            CheckpointError: a manifest that is not plain data.
+            RefusedCheckpoint: a manifest that is not plain data.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._locked():
@@ -264,7 +270,7 @@ class Versions:
             try:
                 json.dumps(manifest)
             except (TypeError, ValueError, RecursionError) as error:
-                raise CheckpointError(f"the manifest is not plain data: {brief(error)}") from error
+                raise RefusedCheckpoint(f"the manifest is not plain data: {brief(error)}") from error
             path = self.path(version)
             save({**checkpoint, "manifest": manifest}, path)
             write_json(self._sidecar(version), {**manifest, "sha256": sha256(path)})

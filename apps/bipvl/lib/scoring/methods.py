@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from lib.files import now, write_json
 from lib.infers import BiPVLInfer
-from lib.infers.bipvl import GPU_WINDOWS
+from lib.infers.segmentation import GPU_WINDOWS
 from lib.model.checkpoints import CheckpointError
 from lib.scoring import cache
 from lib.scoring.forward import score_case

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -107,16 +109,16 @@ def infer(
     out.mkdir(parents=True, exist_ok=True)
     failed = 0
     for image in track(images, "Segmenting", console=console):
+        target = out / image.name if image.name.endswith((".nii", ".nii.gz")) else out / f"{image.name}.nii.gz"
+        if target.resolve() == image.resolve():
+            raise typer.BadParameter(f"{target} would overwrite the image; choose another --out")
         try:
-            mask, result = _segment(engine, image, version, overlap, tta, device)
+            with _segmented(engine, image, version, overlap, tta, device) as (mask, result):
+                shutil.copyfile(mask, target)
         except ValueError as error:
             console.print(f"[red]{image}: {error}", highlight=False)
             failed += 1
             continue
-        target = out / image.name if image.name.endswith((".nii", ".nii.gz")) else out / f"{image.name}.nii.gz"
-        if target.resolve() == image.resolve():
-            raise typer.BadParameter(f"{target} would overwrite the image; choose another --out")
-        shutil.move(mask, target)
         (out / f"{image.name}.json").write_text(json.dumps(result, indent=2))
     if failed:
         raise typer.Exit(1)
@@ -150,16 +152,15 @@ def evaluate(
     for case in track(cases, "Evaluating", console=console):
         image, label = Path(case["image"]), Path(str(case["label"]))
         try:
-            mask, result = _segment(engine, image, version, overlap, tta, device)
-            scores = metrics.evaluate_case(chosen, Path(mask), label, case["id"], tolerance)
+            with _segmented(engine, image, version, overlap, tta, device) as (mask, result):
+                scores = metrics.evaluate_case(chosen, mask, label, case["id"], tolerance)
+                examined.files(scores, image, mask, label, result)
         except ValueError as error:
             console.print(f"[red]{case['id']}: {error}", highlight=False)
             failed += 1
             continue
-        examined.files(scores, image, Path(mask), label, result)
         rows += scores
         used = result["model_version"]
-        Path(mask).unlink()
     if not rows:
         raise ValueError(f"{data}: none of {failed} labelled case(s) can be evaluated")
     out.mkdir(parents=True, exist_ok=True)
@@ -299,13 +300,18 @@ def _task(name: str, changes: list[str] | None) -> Task:
     return load_task(name, dict(c.split("=", 1) for c in changes or []))
 
 
-def _segment(
+@contextmanager
+def _segmented(
     engine: BiPVLInfer, image: Path, version: str, overlap: float | None, tta: bool, device: str | None
-) -> tuple[str, dict[str, Any]]:
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The mask, a file that exists within the `with` block, and what is known of it."""
     request = {"image": str(image), "model_version": version, "overlap": overlap, "tta": tta, "logging": "WARNING"}
     mask, result = engine({**request, **({"device": device} if device else {})})
     assert mask is not None
-    return mask, result
+    try:
+        yield Path(mask), result
+    finally:
+        Path(mask).unlink(missing_ok=True)
 
 
 def cli() -> None:

@@ -22,7 +22,8 @@ from lib.app.web.access.auth import Authenticator, Refusal
 from lib.app.web.access.guard import LOCAL_USER, USER
 from lib.app.web.access.options import WebOptions
 from lib.app.web.sessions import Sessions
-from lib.infers import BiPVLInfer
+from lib.infers import BatchInfer, BiPVLInfer
+from lib.model.checkpoints import CheckpointError
 from lib.scoring.background import Background
 from lib.stores.interface import Store
 from lib.trainers import BiPVLTrain
@@ -36,6 +37,11 @@ from lib.upstream import (
 
 logger = logging.getLogger(__name__)
 Entry = TypeVar("Entry")
+
+MODEL_UNREADABLE = (
+    "a model file on the server cannot be used. Nothing that you sent is wrong: the server's log says which file and "
+    "why, and whoever runs it has to restore the file or serve another version"
+)
 
 
 class Problem(BaseModel):
@@ -58,6 +64,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         421: "The server is not known under this name",
         422: "A parameter is missing or of the wrong type",
         429: "Already running, or too many failed logins",
+        500: "A file on the server cannot be read or written",
         502: "The archive does not answer",
         503: "The OpenID realm does not answer, or others have held what was asked for too long",
         507: "The disk is full",
@@ -74,6 +81,7 @@ class LabelApp(Protocol):
     studies: str
     conf: dict[str, str]
     background: Background | None
+    batch: BatchInfer
 
     @property
     def models(self) -> Mapping[str, BiPVLInfer]: ...
@@ -182,6 +190,9 @@ def handle_errors(api: FastAPI) -> None:
     @api.exception_handler(ValueError)
     async def unusable(_: Request, error: ValueError) -> JSONResponse:
         status = getattr(error, "status", None)  # who raises with one has meant an answer; others may be mistakes
+        if isinstance(error, CheckpointError) and error.status == 500:
+            logger.error("%s", error)
+            return _answer(500, MODEL_UNREADABLE)
         logger.info("Refused: %s", error, exc_info=status is None)
         return _answer(status or 400, str(error))
 

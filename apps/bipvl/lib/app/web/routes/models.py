@@ -22,7 +22,7 @@ from lib.app.web.access.accounts import User
 from lib.app.web.access.guard import address_of
 from lib.app.web.common import ERRORS, LabelApp, Services, checked, choice, current_user, known_image
 from lib.app.web.routes import choices
-from lib.app.web.routes.progress import with_progress
+from lib.app.web.routes.progress import with_images, with_progress
 from lib.scoring import cache
 from lib.stores.cases import SUFFIXES
 from lib.upstream import BatchInferImageType, file_checksum, log_file, start_task, stop_task, task_status, tasks_of
@@ -31,7 +31,6 @@ logger = logging.getLogger(__name__)
 
 Asker = Annotated[User, Depends(current_user)]
 Params = Annotated[dict[str, Any] | None, Body()]
-RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 LOG_LINES = 10_000
 WORK = {"train": "training", "batch_infer": "batch inference", "scoring": "scoring"}  # the words for it
 
@@ -79,7 +78,11 @@ def task_routes(services: Services) -> APIRouter:
         return {**_plain(task), "progress": method.info().get("progress") if method else None}
 
     _task_status(routes, "/train/", "train", "Train", "Status of training", training)
-    _task_status(routes, "/batch/infer", "batch_infer", "Infer", "Status of batch inference")
+
+    def batch(task: dict[str, Any]) -> dict[str, Any]:
+        return with_images(_plain(task), app.batch.progress())
+
+    _task_status(routes, "/batch/infer", "batch_infer", "Infer", "Status of batch inference", batch)
     _task_status(routes, "/scoring/", "scoring", "Scoring", "Status of scoring", scores)
 
     @routes.post("/train/", tags=["Train"], summary="Train all models")
@@ -262,9 +265,6 @@ def _train_request(app: LabelApp, model: str, params: dict[str, Any], user: User
     config = trainer.config()
     fixed = {"model": model, "tracking_uri": config.get("tracking_uri")}  # a path or an address on the server
     request = _pick(_object(params, model), set(config), fixed)
-    name = request.get("name", "train")
-    if not isinstance(name, str) or not RUN_NAME.fullmatch(name):
-        raise HTTPException(400, f"name: expected letters, digits, - and _, got {name!r}")
     _check_gpus(request)
     request = choices.typed(request, config)
     trainer.checked(request)

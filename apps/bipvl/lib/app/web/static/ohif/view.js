@@ -137,12 +137,14 @@ export class View {
     const bar = this._find('progress')
     this._find('button.stop').hidden = !isTraining
     bar.hidden = !isTraining
-    if (isTraining && progress) bar.value = progress.epoch / progress.epochs
+    if (isTraining && progress) bar.value = (progress.epoch + (progress.step / progress.steps || 0)) / progress.epochs
     else bar.removeAttribute('value')
     if (!training) return this._text('.training', '')
     if (!isTraining) return this._text('.training', this._outcome(training))
     if (!progress) return this._text('.training', 'Training begins: reading the labelled cases …')
-    const parts = [`${progress.stage ? `${progress.stage}, epoch` : 'Epoch'} ${progress.epoch} of ${progress.epochs}`]
+    const epoch = progress.step ? progress.epoch + 1 : progress.epoch
+    const parts = [`${progress.stage ? `${progress.stage}, epoch` : 'Epoch'} ${epoch} of ${progress.epochs}`]
+    if (progress.step) parts.push(`step ${progress.step} of ${progress.steps}`)
     if (progress.loss !== null) parts.push(`loss ${progress.loss.toFixed(3)}`)
     if (progress.dice !== null) parts.push(`Dice ${progress.dice.toFixed(3)}`)
     parts.push(progress.epoch < progress.epochs ? `${clock(progress.seconds_left)} left` : 'comparing with the served version')
