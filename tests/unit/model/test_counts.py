@@ -5,20 +5,23 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections import Counter
+import threading
+import time
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from monailabel.interfaces.datastore import Datastore
-from monailabel.tasks.train.basic_train import BasicTrainTask
 
 from lib.infers import BiPVLInfer
 from lib.model.nets import build_model
 from lib.model.predict import predict
 from lib.trainers import BiPVLTrain
+from lib.trainers.roundtask import RoundTask
 from lib.volumes.reading import read_volume
 from support.helpers import tiny_task, write_nifti
 
@@ -79,11 +82,42 @@ def test_windows_read_no_file_and_tokenise_nothing_and_no_token_passes_twice(tas
     assert model.text.token_passes == 1, "weights and text are as before: no sentence is read again"
 
 
+class Slow(OrderedDict):
+    """A cache that other threads get at between a look and the next step."""
+
+    def __contains__(self, key):
+        found = super().__contains__(key)
+        time.sleep(0.001)
+        return found
+
+
+def test_threads_that_ask_at_once_share_one_reading_and_none_fails(model, monkeypatch):
+    monkeypatch.setattr("lib.model.nets.text.CACHED_TEXTS", 1)
+    text, threads = model.text, 4
+    text._cache = Slow()
+    texts = [text.tokenize([["one"]]), text.tokenize([["two", "words"]])]
+    expected = [text._read(sentences).rows for sentences in texts]
+    start = threading.Barrier(threads)
+
+    @torch.no_grad()
+    def ask(wanted: list[int]) -> list[torch.Tensor]:
+        start.wait()
+        return [text.read(texts[n]).rows for n in wanted]
+
+    with ThreadPoolExecutor(threads) as pool:
+        before = text.token_passes
+        list(pool.map(ask, [[0]] * threads))
+        assert text.token_passes == before + 1
+        orders = [[n % 2 for n in range(thread, thread + 20)] for thread in range(threads)]
+        for order, rows in zip(orders, pool.map(ask, orders), strict=True):
+            assert all(torch.equal(found, expected[n]) for n, found in zip(order, rows, strict=True))
+
+
 def test_a_request_tokenises_once_and_reads_its_image_once(task, tmp_path, monkeypatch):
     path = write_nifti(tmp_path / "image.nii.gz", np.random.default_rng(0).integers(0, 200, (72, 48, 48), np.int16))
     engine = BiPVLInfer(task, tmp_path / "m")
     engine({"image": str(path), "device": "cpu", "logging": "WARNING"})
-    (loaded,) = engine._models.values()
+    (loaded,) = engine.models._models.values()
     calls, tokenize = [], type(loaded.model.text).tokenize
     monkeypatch.setattr(
         type(loaded.model.text), "tokenize", lambda self, rows: (calls.append(rows), tokenize(self, rows))[1]
@@ -135,7 +169,7 @@ def test_the_second_epoch_reads_no_volume(task, tmp_path, monkeypatch):
 
     Store.__abstractmethods__ = frozenset()
     epochs: list[int] = []
-    step = BiPVLTrain._train_step
+    step = RoundTask._train_step
 
     for dataset in ("CacheDataset", "PersistentDataset"):
         epochs.clear()
@@ -146,7 +180,7 @@ def test_the_second_epoch_reads_no_volume(task, tmp_path, monkeypatch):
                 epochs.append((engine.state.epoch, volumes()))
                 return step(self, engine, batch)
 
-            monkeypatch.setattr(BiPVLTrain, "_train_step", counted)
+            monkeypatch.setattr(RoundTask, "_train_step", counted)
             trainer = BiPVLTrain(task, tmp_path / dataset)
             trainer(
                 {
@@ -158,4 +192,3 @@ def test_the_second_epoch_reads_no_volume(task, tmp_path, monkeypatch):
         first_epoch = max(n for epoch, n in epochs if epoch == 1)
         assert first_epoch >= 4
         assert {n for epoch, n in epochs if epoch > 1} == {first_epoch}, dataset
-        assert isinstance(trainer, BasicTrainTask)

@@ -17,10 +17,11 @@ from lib.model.reports.page import Examined
 from lib.model.versions import CheckpointError, Versions
 from lib.stores.cases import audit
 from lib.tasks import load_task
-from lib.trainers import BiPVLTrain, rounds
-from lib.trainers import bipvl as trainer_module
+from lib.trainers import rounds
+from lib.trainers import roundtask as trainer_module
 from lib.trainers.recipe import LOG_SIGMA_FLOOR
 from lib.trainers.rounds import Round
+from lib.trainers.roundtask import RoundTask
 from support import ROOT
 from support.training import OPTIONS, RESUMED, SMALL, Cases, phantom_cases, small_trainer
 
@@ -82,13 +83,13 @@ def test_train_infer_evaluate_from_the_command_line(studies, tmp_path):
 def test_learning_rate_rises_once_and_is_one_half_cosine(studies, tmp_path, monkeypatch):
     """Defect 7: after the warm-up falling from the full rate to the least, however many iterations."""
     rates = []
-    step = BiPVLTrain._train_step
+    step = RoundTask._train_step
 
     def recording(self, engine, batch):
         rates.append(engine.optimizer.param_groups[0]["lr"])
         return step(self, engine, batch)
 
-    monkeypatch.setattr(BiPVLTrain, "_train_step", recording)
+    monkeypatch.setattr(RoundTask, "_train_step", recording)
     trainer = small_trainer(tmp_path)
     cases = phantom_cases(studies, 3)
     trainer({"max_epochs": 4, "learning_rate": 1e-3, "val_split": 0, "tracking": "None", "device": "cpu"}, cases)
@@ -99,9 +100,10 @@ def test_learning_rate_rises_once_and_is_one_half_cosine(studies, tmp_path, monk
 
 def test_sigmas_are_trained_without_weight_decay_and_bounded(tmp_path):
     """Defect 8: own group, no decay; a loss that vanishes cannot send its weight to infinity."""
-    trainer = small_trainer(tmp_path)
+    task = small_trainer(tmp_path).task
+    trainer = RoundTask(task, tmp_path, Round({}, [], [], Examined(task)))
     context = trainer_module.Context()
-    context.request = {"seed": 0, "learning_rate": 1e-3, "round": Round({}, [], [], Examined(trainer.task))}
+    context.request = {"seed": 0, "learning_rate": 1e-3}
     context.network = trainer.network(context)
     groups = trainer.optimizer(context).param_groups
     recipe = trainer.task.training
@@ -225,8 +227,8 @@ from pathlib import Path
 from support.training import RESUMED, phantom_cases, small_trainer
 from lib.trainers import rounds
 save = rounds.save_progress
-def stopping(context, state):
-    save(context, state)
+def stopping(this, context, state):
+    save(this, context, state)
     if state["epoch"] == 2:
         print("epoch 2 is saved", flush=True)
         time.sleep(600)
@@ -238,13 +240,13 @@ small_trainer(Path({folder!r}))(RESUMED, phantom_cases(Path({studies!r}), 2))
 def test_a_killed_round_is_resumed_and_ends_as_if_it_had_run_through(studies, tmp_path, monkeypatch):
     """A real process, killed after its second epoch. While it lives, no other round of the task may begin."""
     rates = []
-    step = BiPVLTrain._train_step
+    step = RoundTask._train_step
 
     def recording(self, engine, batch):
         rates.append((engine.state.epoch, engine.optimizer.param_groups[0]["lr"]))
         return step(self, engine, batch)
 
-    monkeypatch.setattr(BiPVLTrain, "_train_step", recording)
+    monkeypatch.setattr(RoundTask, "_train_step", recording)
     cases = phantom_cases(studies, 2)
     whole = small_trainer(tmp_path / "whole")
     whole({**RESUMED, "resume": True}, cases)  # nothing to resume is no error
@@ -262,6 +264,8 @@ def test_a_killed_round_is_resumed_and_ends_as_if_it_had_run_through(studies, tm
     assert process.stdout.readline() == "epoch 2 is saved\n", (tmp_path / "log").read_text()
     with pytest.raises(ValueError, match=rf"already running \(process {process.pid}, since 20"):
         killed(RESUMED, cases)
+    assert "already running" in killed.stats()["failure"]["error"]
+    assert killed.stats()["epoch"] == 2, "what the other process tells of its round stays"
     process.kill()
     process.wait()
     assert killed.versions.served is None
@@ -277,8 +281,21 @@ def test_a_killed_round_is_resumed_and_ends_as_if_it_had_run_through(studies, tm
     ours, theirs = (versions.load(t.versions.path(1)) for t in (killed, whole))
     assert ours["manifest"]["epoch"] == theirs["manifest"]["epoch"] == 4
     assert len(killed.stats()["loss_history"]) == 4
+    assert "failure" not in killed.stats()
     assert all(torch.equal(ours["model"][k], theirs["model"][k]) for k in theirs["model"]), "the same weights"
     assert not (killed.folder / "train" / "last.pt").exists()
+
+
+def test_what_killed_rounds_left_goes_whatever_their_names(tmp_path):
+    left = ("mine/.last.pt.x1", "mine/cache_1/a", "train/.best.pt.x2", "train/cache_2/b", ".train_stats.json.x3")
+    kept = ("mine/last.pt", "concepts/.r0001.json.x4", "concepts/cache_3/c", "v0001.pt", "train/events_1/e")
+    for name in (*left, *kept):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    with rounds.only_round(tmp_path, "quickstart"):
+        found = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
+    assert found - {"train/round.lock", "train/round.json"} == set(kept)
 
 
 def test_resume_after_a_stop_between_and_within_folds(studies, tmp_path, monkeypatch):
@@ -289,9 +306,9 @@ def test_resume_after_a_stop_between_and_within_folds(studies, tmp_path, monkeyp
 
     save = rounds.save_progress
 
-    def stopping(context, state):
-        save(context, state)
-        if str(context.request["round"].fold) == "Fold 2/3":
+    def stopping(this, context, state):
+        save(this, context, state)
+        if str(this.fold) == "Fold 2/3":
             raise Stopped
 
     trainer, cases = small_trainer(tmp_path), phantom_cases(studies, 3)
@@ -301,13 +318,13 @@ def test_resume_after_a_stop_between_and_within_folds(studies, tmp_path, monkeyp
         with pytest.raises(Stopped):
             trainer(request, cases)
     epochs = []
-    step = BiPVLTrain._train_step
+    step = RoundTask._train_step
 
     def recording(self, engine, batch):
         epochs.append(engine.state.epoch)
         return step(self, engine, batch)
 
-    monkeypatch.setattr(BiPVLTrain, "_train_step", recording)
+    monkeypatch.setattr(RoundTask, "_train_step", recording)
     trainer({**request, "resume": True}, cases)
     # Two cases a fold, one step each: the rest of fold 2, fold 3, then six epochs on three cases.
     assert epochs == [2, 2, 1, 1, 2, 2, *(e for e in range(1, 7) for _ in range(3))]
@@ -321,6 +338,8 @@ def test_resume_after_a_stop_between_and_within_folds(studies, tmp_path, monkeyp
         ({"gate_margin": "wide"}, "gate_margin: expected a number"),
         ({"resume": "maybe"}, "resume: expected true or false"),
         ({"name": "../elsewhere"}, "name: '../elsewhere'; valid are"),
+        ({"name": "v0002.pt"}, "name: 'v0002.pt'; valid are"),
+        ({"name": "Concepts"}, "name: 'Concepts' is the folder of something else"),
     ],
 )
 def test_options_of_the_gate_are_checked(tmp_path, request_, message):

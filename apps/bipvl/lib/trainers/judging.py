@@ -128,22 +128,21 @@ def _earlier_folds(
     return {case: dice for case, dice in earlier["scores"].items() if case in seen and case in folds["scores"]}
 
 
-def publish(context: Context, task: Task, versions: Versions, tracker: Tracker) -> dict[str, Any]:
+def publish(this: Round, context: Context, task: Task, versions: Versions, tracker: Tracker) -> dict[str, Any]:
     """Publish the round's best model as the next version, served if the gate lets it pass, else kept.
 
     Returns:
         What the statistics say of it.
     """
-    this: Round = context.request["round"]
     best = Path(context.output_dir) / rounds.BEST
-    checkpoint = checkpoints.load(best) if best.is_file() else checkpoint_of(context, task)
+    checkpoint = checkpoints.load(best) if best.is_file() else checkpoint_of(this, context, task)
     decision, gate = judge(
         checkpoint, task, versions, this.training, this.validation, context.request, context.device, this.examined
     )
     manifest = {**checkpoint["manifest"], "gate": gate, "time": now()}
     manifest["seconds"] = round(time.time() - context.start_ts, 1)
     version = versions.publish({**checkpoint, "manifest": manifest}, decision.publish, f"round: {gate['reason']}")
-    _report(checkpoint, version, context, task, versions, tracker)
+    _report(this, checkpoint, version, context, task, versions, tracker)
     for left in (rounds.LAST, rounds.BEST):
         (Path(context.output_dir) / left).unlink(missing_ok=True)
     outcome = {"version": version, "served": versions.served, "gate": gate, "audit": this.audit}
@@ -161,10 +160,15 @@ def publish(context: Context, task: Task, versions: Versions, tracker: Tracker) 
 
 
 def _report(
-    checkpoint: dict[str, Any], version: int, context: Context, task: Task, versions: Versions, tracker: Tracker
+    this: Round,
+    checkpoint: dict[str, Any],
+    version: int,
+    context: Context,
+    task: Task,
+    versions: Versions,
+    tracker: Tracker,
 ) -> None:
     """Write the version's report beside it. What goes wrong is logged: the version is published all the same."""
-    this: Round = context.request["round"]
     try:
         examined = this.examined
         scored = "Cases that this model was not trained on, on the network's grid; surface Dice at 2 mm."
@@ -185,17 +189,16 @@ def _report(
         logger.exception("Version %d has no report", version)
 
 
-def checkpoint_of(context: Context, task: Task) -> dict[str, Any]:
+def checkpoint_of(this: Round, context: Context, task: Task) -> dict[str, Any]:
     """The network as it is now, as a checkpoint with its manifest."""
     network = unwrapped(context.network)
     return checkpoints.checkpoint_of(
-        network.model, task, manifest_of(context, task), uncertainty=network.uncertainty.state_dict()
+        network.model, task, manifest_of(this, context, task), uncertainty=network.uncertainty.state_dict()
     )
 
 
-def manifest_of(context: Context, task: Task) -> dict[str, Any]:
+def manifest_of(this: Round, context: Context, task: Task) -> dict[str, Any]:
     """What the checkpoint says of the round."""
-    this: Round = context.request["round"]
     trained_on = [c["id"] for c in context.train_datalist]
     metrics: dict[str, Any] = {}
     if context.evaluator:

@@ -22,6 +22,7 @@ from lib.files import clear_unfinished, now, write_json
 from lib.model.checkpoints import DamagedCheckpoint, load_tensors, save
 from lib.model.reports.page import Examined
 from lib.tasks import Task
+from lib.tasks.revisions import FOLDER
 from lib.trainers.objective import unwrapped
 from lib.upstream import Context, strtobool
 
@@ -43,6 +44,8 @@ NUMBERS = (
     ("gate_margin", float, 0),
     ("gate_min_cases", int, 1),
 )
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")  # without dots none is that of a version or another file
+RESERVED = (FOLDER,)
 UNJUDGED = ("keep", "publish")
 LAST, BEST = "last.pt", "best.pt"  # in the folder of the run: where it was stopped, and its best epoch so far
 
@@ -63,9 +66,9 @@ class Fold:
         return f"Fold {self.number}/{self.count}"
 
 
-@dataclass(repr=False)
+@dataclass
 class Round:
-    """What the steps of one round share. MONAI Label logs requests, which carry it: it prints as one word.
+    """What the steps of one round share.
 
     audit: table and problems of the labels, for the statistics.
     training, validation: the cases of each side.
@@ -89,9 +92,6 @@ class Round:
     fold: Fold | None = None
     saved: dict[str, Any] | None = None
 
-    def __repr__(self) -> str:
-        return "Round"
-
 
 def checked(request: dict[str, Any]) -> dict[str, Any]:
     """Numbers and switches that arrive as text become what they mean; values that cannot work are refused by name.
@@ -113,20 +113,32 @@ def checked(request: dict[str, Any]) -> dict[str, Any]:
             request[key] = bool(strtobool(request[key]))
         except ValueError:
             raise ValueError(f"{key}: expected true or false, got {request[key]!r}") from None
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,63}", str(request["name"])):
-        raise ValueError(f"name: {request['name']!r}; valid are up to 64 letters, digits, dots, dashes and underscores")
+    check_name(request["name"])
     if request["gate_unjudged"] not in UNJUDGED:
         raise ValueError(f"gate_unjudged: {request['gate_unjudged']!r}; valid are {', '.join(UNJUDGED)}")
     return request
 
 
+def check_name(name: Any) -> None:
+    """Raises ValueError for a name that cannot be a round's folder beside the task's versions."""
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise ValueError(f"name: {name!r}; valid are up to 64 letters, digits, dashes and underscores")
+    if name.lower() in RESERVED:
+        raise ValueError(f"name: {name!r} is the folder of something else; choose another")
+
+
 @contextlib.contextmanager
-def only_round(folder: Path, task: str) -> Iterator[None]:
+def only_round(model_dir: Path, task: str) -> Iterator[None]:
     """Hold the lock of a task's rounds. The kernel releases it when the process ends, however it ends.
+
+    Args:
+        model_dir: the task's folder, with a folder for each name of a round.
+        task: the task's name.
 
     Raises:
         ValueError: another process holds it; says which and since when.
     """
+    folder = model_dir / "train"
     folder.mkdir(parents=True, exist_ok=True)
     holder = folder / "round.json"
     lock = FileLock(folder / "round.lock")
@@ -138,13 +150,22 @@ def only_round(folder: Path, task: str) -> Iterator[None]:
         ) from None
     try:
         write_json(holder, {"pid": os.getpid(), "started": now()})
-        clear_unfinished(folder, "*.pt")
-        clear_unfinished(folder.parent, "v*.html")
-        for cache in folder.glob("cache_*"):  # of preprocessed cases; a round removes its own unless it is killed
-            shutil.rmtree(cache, ignore_errors=True)
+        _clear(model_dir)
         yield
     finally:
         lock.release()
+
+
+def _clear(model_dir: Path) -> None:
+    """Remove what killed rounds left, whatever their names. Only for whom no other round can be running."""
+    for pattern in ("v*.html", "split.json", "train_stats.json"):
+        clear_unfinished(model_dir, pattern)
+    for run in model_dir.iterdir():
+        if run.is_dir() and NAME.fullmatch(run.name) and run.name.lower() not in RESERVED:
+            clear_unfinished(run, "*.pt")
+            clear_unfinished(run, "*.json")
+            for cache in run.glob("cache_*"):  # of preprocessed cases; a round removes its own unless it is killed
+                shutil.rmtree(cache, ignore_errors=True)
 
 
 def _described(holder: Path) -> str:
@@ -198,9 +219,8 @@ def reseed(transforms: Compose, seed: int, epoch: int) -> None:
     transforms.set_random_state(number)
 
 
-def restore(context: Context, stop: EarlyStopping | None) -> None:
+def restore(this: Round, context: Context, stop: EarlyStopping | None) -> None:
     """Put optimizer, schedule and engines where a stopped round was; the network is there already."""
-    this: Round = context.request["round"]
     if not this.saved:
         return
     state, trainer = this.saved["state"], context.trainer
@@ -232,9 +252,8 @@ def snapshot(
     }
 
 
-def save_progress(context: Context, state: dict[str, Any] | None) -> None:
+def save_progress(this: Round, context: Context, state: dict[str, Any] | None) -> None:
     """Write what a stopped round is resumed from. Without `state`: between two folds."""
-    this: Round = context.request["round"]
     progress = {
         "identity": this.identity,
         "parent": this.parent,

@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from lib.upstream import Context, prepare_stats
 
 logger = logging.getLogger(__name__)
 
+TELL_SECONDS = 30.0  # between two lines; an epoch on a CPU may last minutes
 History = dict[str, list[tuple[int, float]]]
 
 
@@ -49,8 +51,17 @@ class Tracker:
         self._patches = 0
         self._epoch_start = time.time()
         self._seconds_left: int | None = None
+        self._step = 0  # of the epoch that runs; 0 between two epochs
+        self._told = time.monotonic()
+        self._tell: Callable[[], None] = lambda: None
 
-    def attach(self, trainer: Engine, evaluator: Engine | None) -> None:
+    def attach(self, trainer: Engine, evaluator: Engine | None, tell: Callable[[], None]) -> None:
+        """Follow a round.
+
+        Args:
+            tell: called whenever `stats` has news between two epochs.
+        """
+        self._tell = tell
         for engine in (trainer, evaluator) if evaluator else (trainer,):
             engine.logger.setLevel(logging.WARNING)  # the lines below say what its own say, and more
         trainer.add_event_handler(Events.EPOCH_STARTED, self._start_epoch)
@@ -59,13 +70,17 @@ class Tracker:
         trainer.add_event_handler(Events.COMPLETED, self._close)
         trainer.add_event_handler(Events.EXCEPTION_RAISED, self._fail)
         if evaluator is not None:
+            evaluator.add_event_handler(Events.ITERATION_COMPLETED, self._validating)
             evaluator.add_event_handler(Events.COMPLETED, self._validated)
 
     def stats(self) -> dict[str, Any]:
         """MONAI Label's training statistics, and this round's latest figures."""
         stats = prepare_stats(self.context.start_ts, self.context.trainer, self.context.evaluator)
+        running = {"step": self._step, "steps": self.context.trainer.state.epoch_length} if self._step else {}
         return {
             **stats,
+            "epoch": stats["epoch"] - bool(self._step),  # the last that has ended
+            **running,
             "latest": {k: round(v, 6) for k, v in self.latest.items()},
             "seconds_left": self._seconds_left,
             "loss_history": [round(v, 6) for _, v in self.history["loss"]],
@@ -86,6 +101,36 @@ class Tracker:
         for name, value in engine.state.output.items():
             self._sums[name] += float(value)
         self._patches += len(engine.state.batch["image"])
+        state = engine.state
+        self._step = (state.iteration - 1) % state.epoch_length + 1
+        if self._is_due():
+            self._seconds_left = self._left(state.epoch - 1 + self._step / state.epoch_length, state.max_epochs)
+            logger.info(
+                "%sEpoch %d/%d, step %d/%d: loss %.4f, time left %s",
+                self.prefix,
+                *(state.epoch, state.max_epochs, self._step, state.epoch_length),
+                self._sums["loss"] / self._step,
+                datetime.timedelta(seconds=self._seconds_left),
+            )
+            self._tell()
+
+    def _validating(self, evaluator: Any) -> None:
+        if self._is_due():
+            state = evaluator.state
+            done = (state.iteration - 1) % state.epoch_length + 1
+            logger.info("%sValidation: %d of %d cases", self.prefix, done, state.epoch_length)
+
+    def _is_due(self) -> bool:
+        """Whether nothing was said for so long that a person would ask."""
+        if time.monotonic() - self._told < TELL_SECONDS:
+            return False
+        self._told = time.monotonic()
+        return True
+
+    def _left(self, epochs: float, last: int) -> int:
+        """Seconds that remain after so many epochs, at the pace so far."""
+        elapsed = time.time() - self.context.start_ts
+        return round(elapsed / (epochs - self._epochs_before) * (last - epochs))
 
     def _end_epoch(self, engine: Any) -> None:
         state = engine.state
@@ -97,9 +142,8 @@ class Tracker:
         scalars["patches_per_second"] = self._patches / max(seconds, 1e-9)
         self._record(scalars, state.epoch)
 
-        elapsed = time.time() - self.context.start_ts
-        each = elapsed / (state.epoch - self._epochs_before)
-        self._seconds_left = round(each * (state.max_epochs - state.epoch))
+        self._step, self._told = 0, time.monotonic()
+        self._seconds_left = self._left(state.epoch, state.max_epochs)
         logger.info(
             "%sEpoch %d/%d: loss %.4f (segmentation %.4f, class embedding %.4f, alignment %.4f), sigma %.3f %.3f %.3f, "
             "lr %.2e, %.1f s, time left %s",

@@ -167,6 +167,7 @@ def test_training_through_the_server(server):
     status = server.train("quickstart", 400, max_epochs=1)
     assert status["status"] == "DONE", "\n".join(status["details"])
     assert server.call("GET", "/train/?check_if_running=true").status_code == 404
+    assert server.call("GET", "/scoring/").status_code == 404, "the end of a round starts no scoring"
     versions = server.call("GET", "/model/quickstart/versions").json()
     assert [(v["version"], v["served"]) for v in versions] == [(1, True)]
     checkpoint = server.call("GET", "/model/quickstart").content
