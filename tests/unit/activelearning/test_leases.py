@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,9 @@ from monailabel.client.client import MONAILabelClientException
 
 from lib.activelearning.leases import Leases, Offer
 from lib.activelearning.strategies import First, Random
+from lib.app.bipvl import BiPVLApp
+from lib.stores.dicom.archive import ArchiveError
+from lib.stores.errors import BusyError, NotInStoreError
 from support.helpers import write_nifti
 from support.server import Server
 
@@ -61,6 +65,28 @@ def test_one_lease_a_person_and_one_a_case(leases):
     leases.lease("b", "bob")
     assert leases.taken("bob") == set()
     assert leases.taken("ann") == {"b"}
+
+
+@pytest.mark.parametrize("call", ["get_image_uri", "get_image_info"])
+@pytest.mark.parametrize("error", [ArchiveError("down"), OSError("gone"), BusyError("busy"), NotInStoreError("gone")])
+def test_what_cannot_be_had_is_not_leased(leases, call, error):
+    """Nobody works on it: the next one who asks is offered it."""
+    store = Store(["a"])
+    store.get_image_uri = lambda case: f"/studies/{case}.nii.gz"
+    app = SimpleNamespace(strategies={"first": First()}, leases=leases, background=None, datastore=lambda: store)
+    works = getattr(store, call)
+
+    def fails(case):
+        assert leases.taken("bob") == {case}
+        raise error
+
+    setattr(store, call, fails)
+    with pytest.raises(type(error), match=str(error)):
+        BiPVLApp.next_sample(app, {"strategy": "first", "who": "ann"})
+    setattr(store, call, works)
+    assert leases.taken("bob") == set()
+    assert BiPVLApp.next_sample(app, {"strategy": "first", "who": "bob"})["path"] == "/studies/a.nii.gz"
+    assert BiPVLApp.next_sample(app, {"strategy": "first", "who": "ann"}) == {}
 
 
 def test_a_lease_ends_by_release_or_time(leases, clock):

@@ -150,7 +150,8 @@ class BiPVLApp(MONAILabelApp):
         return super().scoring(request, datastore)
 
     def next_sample(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The case to annotate next, leased to the one who asks (`who` or `client_id`); empty where none is free."""
+        """The case to annotate next, leased to the one who asks (`who` or `client_id`), with its `path` and what is
+        known about it (`info`); empty where none is free."""
         strategy = request.get("strategy") or "random"
         if strategy not in self.strategies:
             raise HTTPException(404, f"unknown strategy {strategy!r}; valid are {', '.join(self.strategies)}")
@@ -164,12 +165,15 @@ class BiPVLApp(MONAILabelApp):
                 self.leases.lease(found["id"], person)
             try:
                 path = self.datastore().get_image_uri(found["id"])
+                info = self.datastore().get_image_info(found["id"])
                 break
-            except SeriesError:  # a series of the archive that is no volume, which its store offers only once
+            except Exception as error:  # nobody works on what could not be had
                 self.leases.release(found["id"])
+                if not isinstance(error, SeriesError):  # of a series that is no volume; its store offers it only once
+                    raise
         if self.background:
             self.background.wake()
-        return {**found, "path": path}
+        return {**found, "path": path, "info": info}
 
     def check_annotated(self, names: Any) -> None:
         """Whether some task of this server has all classes that a label declares.

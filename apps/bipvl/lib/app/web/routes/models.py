@@ -56,7 +56,7 @@ def task_routes(services: Services) -> APIRouter:
         found = app.next_sample({**given, "strategy": strategy, "who": who})
         if not found:
             return {}
-        image_info = app.datastore().get_image_info(found["id"])
+        image_info = found.pop("info")
         noted = {**image_info.get("strategy", {}), strategy: {"ts": int(time.time()), "client_id": client or user.name}}
         try:
             app.datastore().update_image_info(found["id"], {"strategy": noted})
