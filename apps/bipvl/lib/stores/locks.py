@@ -2,10 +2,10 @@
 
 Who needs several takes them from the first of `Order` to the last, and none of one place while holding another of it;
 every `Lock` checks that. What has to be looked up or downloaded is looked up before a later lock is taken: whoever
-changes a folder (`lib.stores.folder`) knows the image and the label already. Nobody waits for ever.
+changes a folder (`lib.stores.labelfolder`) knows the image and the label already. Nobody waits for ever.
 
-Locks that are no part of this order (sessions, accounts, versions of a model, revisions of its sentences) are taken
-alone: nothing that is done under them takes another one.
+Other locks (sessions, accounts, models in memory, versions, revisions) are taken alone: nothing that is done under them
+takes another one, but for a shipped model, which is published while its own lock is held.
 """
 
 from __future__ import annotations

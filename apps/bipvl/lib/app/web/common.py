@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from filelock import Timeout
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
@@ -207,6 +208,9 @@ def handle_errors(api: FastAPI) -> None:
 
 
 def _storage(error: OSError) -> JSONResponse:
+    if isinstance(error, Timeout):  # of a lock among processes
+        logger.warning("%s has been held by another program for too long", error.lock_file)
+        return _answer(503, "another program has been at work on the same files for too long; try again later")
     logger.error("Storage: %s", error, exc_info=error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return _answer(507, "the server's disk is full; nothing was changed. Whoever runs it has to make room")
