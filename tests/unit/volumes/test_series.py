@@ -107,6 +107,45 @@ def test_missing_tag_is_named(name: str, tmp_path: Path) -> None:
         read_headers(tmp_path / "s")
 
 
+def test_what_is_among_the_slices_is_named(tmp_path: Path) -> None:
+    """A screenshot that a workstation added to the series, a report, and a file of many slices."""
+    slices, screenshot, report, frames = headers(tmp_path), *(pydicom.Dataset() for _ in range(3))
+    for ds, kind in (
+        (screenshot, "1.2.840.10008.5.1.4.1.1.7"),
+        (report, "1.2.840.10008.5.1.4.1.1.88.33"),
+        (frames, "1.2.840.10008.5.1.4.1.1.2.1"),
+    ):
+        ds.SOPClassUID, ds.SOPInstanceUID, ds.InstanceNumber = kind, "1.2.3", 9
+        ds.StudyInstanceUID, ds.SeriesInstanceUID = slices[0].StudyInstanceUID, slices[0].SeriesInstanceUID
+    screenshot.Rows = screenshot.Columns = 512
+    frames.NumberOfFrames = 40
+    for ds, text in (
+        (screenshot, r"slice 9: a screenshot \(Secondary Capture Image Storage\): keep it in a series of its own"),
+        (report, r"slice 9: not an image \(Comprehensive SR Storage\)"),
+        (frames, r"slice 9: a multi-frame image \(Enhanced CT Image Storage\).* one file a slice"),
+    ):
+        with pytest.raises(SeriesError, match=text):
+            volume_of([*slices, ds])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("PixelSpacing", b"0,8\\1,5 ", "the DICOM tag PixelSpacing is not 2 numbers, but .*0,8"),
+        ("Rows", b"x", "the DICOM tag Rows cannot be read"),
+        ("ImagePositionPatient", b"1\\2 ", "the DICOM tag ImagePositionPatient is not 3 numbers"),
+        ("ImageOrientationPatient", b"1\\0\\0\\0\\1\\nan", "the DICOM tag ImageOrientationPatient is not 6 numbers"),
+    ],
+)
+def test_numbers_that_are_none_are_named(name: str, value: bytes, text: str, tmp_path: Path) -> None:
+    slices, tag = headers(tmp_path), pydicom.tag.Tag(pydicom.datadict.tag_for_keyword(name))
+    slices[2][tag] = pydicom.dataelem.RawDataElement(
+        tag, "US" if name == "Rows" else "DS", len(value), value, 0, False, True
+    )
+    with pytest.raises(SeriesError, match=rf"slice 3: {text}"):
+        volume_of(slices)
+
+
 def headers(tmp_path: Path, **more: object) -> list[pydicom.Dataset]:
     make_series(tmp_path / "s", **more)  # type: ignore[arg-type]
     return list(read_headers(tmp_path / "s").headers)

@@ -16,11 +16,15 @@ import numpy as np
 import SimpleITK as sitk
 from pydicom import dcmread
 from pydicom.dataset import Dataset
+from pydicom.errors import BytesLengthException
+from pydicom.uid import UID
 
 from lib.volumes.itk import LPS_TO_RAS
 
 PLACED = ("Rows", "Columns", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
 REQUIRED = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", *PLACED)
+UNREADABLE = (ValueError, TypeError, OverflowError, LookupError, NotImplementedError, BytesLengthException)  # of a tag
+COUNTS = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2}
 UNEVEN = 0.05  # share of the distance between slices by which one may lie off: rounding in headers, no more
 TILT = 0.1  # voxels that the last slice may be shifted within its plane against the first
 ANGLE = 1e-3  # largest difference of a direction cosine between slices
@@ -114,9 +118,7 @@ def volume_of(headers: Sequence[Dataset], required: Sequence[str] = REQUIRED) ->
         SeriesError: a tag is missing, or the slices are not an even stack.
     """
     for ds in headers:
-        for name in required:
-            if ds.get(name) in (None, "", []):
-                raise SeriesError(f"{_name(ds)}: the DICOM tag {name} is missing or empty")
+        _check_slice(ds, required)
     if len(headers) < 2:
         raise SeriesError(f"{_name(headers[0]) if headers else 'the series'}: expected at least two slices")
     first = headers[0]
@@ -141,6 +143,52 @@ def volume_of(headers: Sequence[Dataset], required: Sequence[str] = REQUIRED) ->
     lps = np.eye(4)
     lps[:3] = np.column_stack([row * spacing[1], column * spacing[0], step, places[0]])
     return Volume(tuple(ordered), LPS_TO_RAS @ lps)
+
+
+def _check_slice(ds: Dataset, required: Sequence[str]) -> None:
+    """Raises SeriesError where a file is no slice of a volume, with what it is instead."""
+    if int(_read(ds, "NumberOfFrames") or 1) > 1 or "Enhanced" in _kind(ds):
+        raise SeriesError(
+            f"{_name(ds)}: a multi-frame image ({_kind(ds)}), which holds many slices in one file: export the series "
+            "with one file a slice"
+        )
+    for name in required:
+        if _read(ds, name) not in (None, "", []):
+            continue
+        if "Secondary Capture" in _kind(ds):
+            what = "a screenshot"
+        elif "Image Storage" not in _kind(ds):
+            what = "not an image"
+        else:
+            raise SeriesError(f"{_name(ds)}: the DICOM tag {name} is missing or empty")
+        raise SeriesError(f"{_name(ds)}: {what} ({_kind(ds)}): keep it in a series of its own, apart from the slices")
+    for name, count in COUNTS.items():
+        if not _are_numbers(_read(ds, name), count):
+            raise SeriesError(f"{_name(ds)}: the DICOM tag {name} is not {count} numbers, but {_read(ds, name)}")
+
+
+def _are_numbers(values: Any, count: int) -> bool:
+    try:
+        return np.shape(values) == (count,) and bool(np.isfinite(np.array(values, float)).all())
+    except ValueError:  # such as one with a comma
+        return False
+
+
+def _read(ds: Dataset, name: str) -> Any:
+    """The value of a tag, None where it is missing.
+
+    Raises:
+        SeriesError: not a value of its kind.
+    """
+    try:
+        return ds.get(name)
+    except UNREADABLE as error:
+        raise SeriesError(f"{_name(ds)}: the DICOM tag {name} cannot be read: {error}") from error
+
+
+def _kind(ds: Dataset) -> str:
+    """What a file says that it is, in words."""
+    return UID(str(ds.get("SOPClassUID") or "CT Image Storage")).name
 
 
 def _check_even(positions: np.ndarray, step: float, first: Dataset) -> None:
@@ -202,4 +250,8 @@ def _pixels(file: Path, name: str) -> np.ndarray:
 
 
 def _name(ds: Dataset) -> str:
-    return f"series {ds.get('SeriesInstanceUID', '?')}, slice {ds.get('InstanceNumber', '?')}"
+    try:
+        number = ds.get("InstanceNumber", "?")
+    except UNREADABLE:
+        number = "?"
+    return f"series {ds.get('SeriesInstanceUID', '?')}, slice {number}"

@@ -17,7 +17,7 @@ from lib.stores.dicom.listing import created, description, newest_first
 from lib.stores.dicom.seg import MadeBy, read_seg, segment_labels, write_seg
 from lib.stores.errors import StoreError
 from lib.tasks import Task, list_tasks, load_task
-from lib.volumes.series import SeriesError, Volume, read_headers, volume_of
+from lib.volumes.series import Volume, read_headers, volume_of
 from support.dicoms import dcmqi_seg, iod_errors, make_series, needs_dciodvfy
 from support.helpers import concepts, label, tiny_task
 
@@ -174,14 +174,6 @@ def test_tags_that_may_be_empty_may_be_missing(name: str, mask: np.ndarray, volu
     for ds in slices:
         delattr(ds, name)
     np.testing.assert_array_equal(values(written(mask, volume_of(slices), amos), volume, amos), mask)
-
-
-def test_a_series_without_frame_of_reference_is_refused(mask: np.ndarray, volume: Volume, amos: Task) -> None:
-    slices = [copy.deepcopy(ds) for ds in volume.headers]
-    for ds in slices:
-        ds.FrameOfReferenceUID = ""
-    with pytest.raises(SeriesError, match="the DICOM tag FrameOfReferenceUID is missing"):
-        written(mask, volume_of(slices), amos)
 
 
 @needs_dciodvfy

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,12 @@ class Archive:
         """Study, series and instance UID of every instance of modality SEG, in one query."""
         found = self._pages(self.client.search_for_instances, {"Modality": "SEG"}, "SOPInstanceUID")
         return [(str(ds.StudyInstanceUID), str(ds.SeriesInstanceUID), str(ds.SOPInstanceUID)) for ds in found]
+
+    def series_of(self, study: str, instance: str) -> str:
+        """The series of a study that an instance belongs to, empty where the archive does not list it."""
+        search = partial(self.client.search_for_instances, study)
+        found = self._pages(search, {"SOPInstanceUID": instance}, "SOPInstanceUID")
+        return next((str(ds.SeriesInstanceUID) for ds in found if str(ds.SOPInstanceUID) == instance), "")
 
     def describe(self, study: str, series: str, instance: str) -> Dataset:
         """All of an instance but its pixels."""

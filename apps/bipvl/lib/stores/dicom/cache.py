@@ -15,6 +15,7 @@ from pathlib import Path
 from pydicom import dcmread
 
 from lib.stores.dicom.archive import Archive, SeriesEntry
+from lib.stores.labelfolder import LabelFolder
 from lib.stores.locks import SERIES_SECONDS, Lock, Order
 from lib.volumes.series import SeriesError, Volume, read_headers, volume_of, write_nifti
 
@@ -31,16 +32,16 @@ class ImageCache:
     """Images of an archive in a folder: `<series>.nii.gz`, and headers in `dicom/<series>/`.
 
     Args:
-        folder: where; several processes may use it.
+        kept: the folder; several processes may use it.
         archive: where images come from.
     """
 
-    def __init__(self, folder: Path, archive: Archive) -> None:
-        self._folder, self._archive = folder, archive
+    def __init__(self, kept: LabelFolder, archive: Archive) -> None:
+        self._kept, self._folder, self._archive = kept, kept.path, archive
         self._locks: dict[str, Lock] = {}
         self._volumes: OrderedDict[tuple[str, int], Volume] = OrderedDict()
         self._unusable: dict[str, tuple[int | None, SeriesError]] = {}
-        for left in (folder / HEADERS).glob(f"{UNFINISHED}*"):  # of a server that was killed
+        for left in (self._folder / HEADERS).glob(f"{UNFINISHED}*"):  # of a server that was killed
             if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
                 shutil.rmtree(left, ignore_errors=True)
 
@@ -110,7 +111,8 @@ class ImageCache:
                 ds.save_as(file)  # without pixels
             (work / MARKER).write_text(json.dumps({"instances": entry.instances or len(files)}))
             target = headers / entry.uid
-            os.replace(work / "image.nii.gz", self.path(entry.uid))
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(work, target)
+            with self._kept.writing():  # another process may have downloaded the same series
+                os.replace(work / "image.nii.gz", self.path(entry.uid))
+                shutil.rmtree(target, ignore_errors=True)
+                os.replace(work, target)
             work.mkdir()  # for the context manager to remove

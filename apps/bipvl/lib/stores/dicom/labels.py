@@ -11,7 +11,7 @@ import numpy as np
 from pydicom import dcmread
 from pydicom.errors import InvalidDicomError
 
-from lib.stores.dicom.seg import Segments, read_seg, referenced_series
+from lib.stores.dicom.seg import Segments, read_seg, referenced_series, source_instances
 from lib.stores.errors import StoreError
 from lib.stores.uploads.checks import check_label_file
 from lib.stores.uploads.names import label_of, task_for, task_named, whole_numbers
@@ -104,7 +104,8 @@ def uploaded_seg(file: Path, uid: str, volume: Volume) -> Segments:
     except (InvalidDicomError, OSError) as error:
         raise StoreError(f"the label is no DICOM file: {error}") from error
     drawn_on = referenced_series(ds)
-    if uid not in drawn_on:
+    slices = {str(header.SOPInstanceUID) for header in volume.headers}
+    if uid not in drawn_on and (drawn_on or slices.isdisjoint(source_instances(ds))):
         raise StoreError(f"the segmentation was drawn on series {', '.join(drawn_on) or 'unknown'}, not on {uid}")
     return read_seg(ds, volume)
 

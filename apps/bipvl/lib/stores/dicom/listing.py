@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from pydicom.dataset import Dataset
 
 from lib.files import write_json
 from lib.stores.dicom.archive import Archive, SeriesEntry
-from lib.stores.dicom.seg import MANUFACTURER, referenced_series, segment_labels
+from lib.stores.dicom.seg import MANUFACTURER, referenced_series, segment_labels, source_instances
+from lib.stores.errors import StoreError
 from lib.stores.locks import Lock, Order
 
 logger = logging.getLogger(__name__)
@@ -29,7 +31,22 @@ FRESH_SECONDS = 1.0
 UNLISTED_SECONDS = 600.0  # how long an archive may take to list what it has taken
 FAILED_SECONDS = 60.0  # until an archive is asked again for what it could not describe
 DESCRIBED_AT_ONCE = 4
+UID = re.compile(r"[0-9]+(\.[0-9]+)*")
+MAX_UID = 64
 EPOCH = "1970-01-01T00:00:00"
+
+
+def check_uid(uid: Any) -> str:
+    """A series instance UID; images and labels of an archive have no other ids.
+
+    Raises:
+        StoreError: anything else, which could lead out of the folder of downloads.
+    """
+    if not isinstance(uid, str) or len(uid) > MAX_UID or not UID.fullmatch(uid):
+        raise StoreError(
+            f"series {str(uid)[:80]!r}: expected a series instance UID, digits and dots, at most {MAX_UID}"
+        )
+    return uid
 
 
 @dataclass(frozen=True)
@@ -106,7 +123,7 @@ class Listings:
 
     def _ask(self) -> Listing:
         images = {entry.uid: entry for query in self._filters for entry in self._archive.series(query)}
-        images = {uid: entry for uid, entry in images.items() if entry.instances is None or entry.instances > 1}
+        images = {uid: entry for uid, entry in images.items() if self._is_image(entry)}
         listed = {seg[2]: seg for seg in self._archive.segmentations()}
         studies = {entry.study for entry in images.values()}
         again = time.monotonic() - FAILED_SECONDS
@@ -130,10 +147,18 @@ class Listings:
                     labels.setdefault(image, []).append(seg)
         return Listing(images, {image: newest_first(segs) for image, segs in labels.items()})
 
+    def _is_image(self, entry: SeriesEntry) -> bool:
+        try:
+            check_uid(entry.uid)
+        except StoreError as error:
+            self._tell(f"Left out: {error}")
+            return False
+        return entry.instances is None or entry.instances > 1
+
     def _describe(self, new: Sequence[tuple[str, str, str]]) -> None:
         def described(seg: tuple[str, str, str]) -> Segmentation | None:
             try:
-                return description(self._archive.describe(*seg))
+                return self._described(seg)
             except (AttributeError, TypeError, ValueError) as error:  # also ArchiveError
                 logger.warning("SEG %s is left out for now: %s", seg[2], error)
                 self._failed[seg[2]] = time.monotonic()
@@ -145,6 +170,16 @@ class Listings:
             if not seg.images:
                 self._tell(f"SEG {seg.instance} is no label here: it does not say on which series it was drawn")
         self._remember({**self._known, **{seg.instance: seg for seg in found}})
+
+    def _described(self, seg: tuple[str, str, str]) -> Segmentation:
+        """One that names no series is looked up by the first and the last slice that it names."""
+        ds = self._archive.describe(*seg)
+        found = description(ds)
+        slices = [] if found.images else source_instances(ds)
+        series = dict.fromkeys(
+            self._archive.series_of(found.study, uid) for uid in dict.fromkeys(slices[:1] + slices[-1:])
+        )
+        return replace(found, images=tuple(uid for uid in series if uid)) if slices else found
 
     def _remember(self, known: dict[str, Segmentation]) -> None:
         self._known = known
@@ -220,6 +255,7 @@ def _read(path: Path) -> dict[str, Segmentation]:
         return {
             uid: Segmentation(**{**seg, "images": tuple(seg["images"]), "names": tuple(seg["names"])})
             for uid, seg in found.items()
+            if seg["images"]  # others are asked again, an archive may have got their series meanwhile
         }
     except FileNotFoundError:
         return {}

@@ -5,7 +5,6 @@ The number of a segment means nothing: every program numbers in its own way. Not
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence as Items
 from skimage.color import rgb2lab
 
+from lib.stores.dicom.headers import source_headers
 from lib.stores.errors import StoreError
 from lib.tasks import Label, Task
 from lib.volumes.itk import LPS_TO_RAS
@@ -33,10 +33,6 @@ warnings.filterwarnings("ignore", "The string .* is unlikely to represent the in
 MANUFACTURER = "BiPVL Label"
 SERIES_NUMBER = 300
 PRIVATE_GROUP, DECLARED = 0x0071, 0x01  # the classes that an annotator looked for, where these are not all
-TYPE_2 = (
-    *("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "StudyID", "StudyDate", "StudyTime"),
-    *("AccessionNumber", "ReferringPhysicianName"),
-)  # must be there but may be empty; archives of de-identified images leave them out
 ANATOMY = CodedConcept("123037004", "SCT", "Anatomical Structure")
 MORPHOLOGY = CodedConcept("49755003", "SCT", "Morphologically Abnormal Structure")
 LESIONS = frozenset({"108369006", "52988006", "79654002", "126952004", "4147007", "86049000"})
@@ -98,12 +94,13 @@ def write_seg(
         declared: the classes that the annotator looked for, None for all.
 
     Raises:
-        SeriesError: the image lacks a tag that a SEG needs.
+        SeriesError: no SEG can refer to the image; the message says why.
     """
     assert mask.shape == volume.shape, "the mask is on the grid of its volume"
     values = [int(v) for v in np.flatnonzero(np.bincount(mask.ravel()))]
     names = [name for name, label in task.labels.items() if label.value in values]
-    headers = list(volume.headers)
+    distance = float(np.linalg.norm(volume.affine[:3, 2]))
+    headers = source_headers(volume.headers, distance)
     if names:
         numbers = np.zeros(max(values) + 1, np.uint8 if len(names) < 256 else np.uint16)
         numbers[[task.label_values[name] for name in names]] = range(1, len(names) + 1)
@@ -115,12 +112,11 @@ def write_seg(
     who = made_by or {}
     segments = [_description(number, name, task, who.get(name, MadeBy())) for number, name in enumerate(names, start=1)]
     first = headers[0]
-    distance = float(np.linalg.norm(volume.affine[:3, 2]))
-    thickness = float(first.get("SliceThickness") or distance)
-    measures = PixelMeasuresSequence([float(x) for x in first.PixelSpacing], thickness, round(distance, 6))
+    spacing, thickness = [float(x) for x in first.PixelSpacing], float(first.SliceThickness)
+    measures = PixelMeasuresSequence(spacing, thickness, round(distance, 6))
     try:
         made: Dataset = Segmentation(
-            [_complete(ds, distance) for ds in headers],
+            headers,
             pixels,
             "BINARY",
             segments,
@@ -139,8 +135,10 @@ def write_seg(
             omit_empty_frames=bool(pixels.any()),
             series_description=f"{MANUFACTURER}: {task.name}, {tag}"[:64],
         )
-    except AttributeError as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:  # what highdicom holds against it
         raise SeriesError(f"series {first.SeriesInstanceUID}: no SEG can refer to it: {error}") from error
+    if str(volume.headers[0].get("LossyImageCompression")) == "01":
+        made.LossyImageCompression = "01"  # also where its ratio and method are not known
     made.SpecificCharacterSet = "ISO_IR 192"  # UTF-8: names of people and of labels in any script
     date, time = when.strftime("%Y%m%d"), when.strftime("%H%M%S.%f")
     for what in ("InstanceCreation", "Content", "Series"):
@@ -181,21 +179,6 @@ def _cielab(color: Sequence[int]) -> list[int]:
     return [round(lightness / 100 * 65535), round((a + 128) / 255 * 65535), round((b + 128) / 255 * 65535)]
 
 
-def _complete(header: Dataset, distance: float) -> Dataset:
-    """A header with what a SEG copies from it; `distance` between slices stands for a thickness that is not told."""
-    if header.get("FrameOfReferenceUID") in (None, ""):
-        raise SeriesError(
-            f"series {header.SeriesInstanceUID}: the DICOM tag FrameOfReferenceUID is missing: no SEG can refer to it"
-        )
-    missing = [name for name in TYPE_2 if name not in header]
-    if missing or header.get("SliceThickness") is None:
-        header = copy.copy(header)
-        header.SliceThickness = header.get("SliceThickness") or round(distance, 6)
-        for name in missing:
-            setattr(header, name, "")
-    return header
-
-
 def _plain(text: str) -> str:
     """Without the characters that separate values and parts of names in DICOM."""
     return "".join(" " if c in "\\^=" or not c.isprintable() else c for c in text)[:64]
@@ -222,6 +205,21 @@ def referenced_series(ds: Dataset) -> list[str]:
     for study in ds.get("StudiesContainingOtherReferencedInstancesSequence") or []:
         found += [str(item.get("SeriesInstanceUID", "")) for item in study.get("ReferencedSeriesSequence") or []]
     return [uid for uid in found if uid]
+
+
+def source_instances(ds: Dataset) -> list[str]:
+    """The slices that a SEG says it was drawn on: those that its frames name, and those of its references."""
+    places = [
+        ds,
+        *(ds.get("SharedFunctionalGroupsSequence") or []),
+        *(ds.get("PerFrameFunctionalGroupsSequence") or []),
+    ]
+    derived = [item for place in places for item in place.get("DerivationImageSequence") or []]
+    sources = [item for place in (ds, *derived) for item in place.get("SourceImageSequence") or []]
+    for series in ds.get("ReferencedSeriesSequence") or []:
+        sources += series.get("ReferencedInstanceSequence") or []
+    found = (str(item.get("ReferencedSOPInstanceUID") or "") for item in sources)
+    return [uid for uid in dict.fromkeys(found) if uid]
 
 
 def read_seg(ds: Dataset, volume: Volume) -> Segments:

@@ -10,7 +10,6 @@ segmentations.json, proposals.json   what is known about the archive's SEGs, and
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -23,7 +22,7 @@ from lib.stores.dicom.archive import Archive, ArchiveError, SeriesEntry
 from lib.stores.dicom.cache import ImageCache
 from lib.stores.dicom.copies import Copies, facts_of
 from lib.stores.dicom.labels import modalities
-from lib.stores.dicom.listing import Listings
+from lib.stores.dicom.listing import Listings, check_uid
 from lib.stores.dicom.proposals import Proposals
 from lib.stores.dicom.saving import Saving
 from lib.stores.errors import BusyError, ConflictError, NotInStoreError, StoreError
@@ -38,22 +37,6 @@ from lib.upstream import DICOMwebClient, md5_digest, settings
 from lib.volumes.series import SeriesError
 
 logger = logging.getLogger(__name__)
-
-UID = re.compile(r"[0-9]+(\.[0-9]+)*")
-MAX_UID = 64
-
-
-def check_uid(uid: Any) -> str:
-    """A series instance UID; images and labels of an archive have no other ids.
-
-    Raises:
-        StoreError: anything else, which could lead out of the folder of downloads.
-    """
-    if not isinstance(uid, str) or len(uid) > MAX_UID or not UID.fullmatch(uid):
-        raise StoreError(
-            f"series {str(uid)[:80]!r}: expected a series instance UID, digits and dots, at most {MAX_UID}"
-        )
-    return uid
 
 
 class DicomStore(Store):
@@ -91,7 +74,7 @@ class DicomStore(Store):
         self._kept = LabelFolder(home / md5_digest(client.base_url))  # copies are made in any case
         self._infos, self._labels, self.folder = self._kept.infos, self._kept.labels, self._kept.path
         self._archive = Archive(client, settings.MONAI_LABEL_DICOMWEB_PROXY_TIMEOUT)
-        self._images = ImageCache(self.folder, self._archive)
+        self._images = ImageCache(self._kept, self._archive)
         self._copies = Copies(self._kept, self._images, self._archive, self.tasks)
         chosen = "MONAI_LABEL_DICOMWEB_SEARCH_FILTER" in settings.model_fields_set
         filters = [search_filter] if chosen else [{"Modality": m} for m in modalities(tasks)]
