@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from fastapi import HTTPException
 
 from lib.app.bipvl import BiPVLApp, _select
 from lib.tasks import TaskError
@@ -42,6 +43,21 @@ def test_app_offers_a_model_and_a_trainer_a_task(tmp_path, caplog):
     assert info["models"]["quickstart"]["config"]["model_version"] == ["served"]
     assert "no images: there are images in sub folders, e.g. p1/x.nii.gz" in caplog.text
     assert info["labels"] == ["liver", "spleen", "left kidney", "right kidney", "aorta", "spine"]
+
+
+def test_info_says_what_counts_for_nothing(tmp_path, caplog):
+    studies, folder = tmp_path / "studies", tmp_path / "studies" / "labels" / "final"
+    folder.mkdir(parents=True)
+    (studies / "loop.nii.gz").symlink_to("loop.nii.gz")
+    (folder / "old name.nii.gz").touch()
+    app = BiPVLApp(str(ROOT / "apps" / "bipvl"), str(studies), {"model_dir": str(tmp_path / "models")})
+    assert "1 label file(s) without an image: labels/final/old name.nii.gz" in caplog.text
+    found = app.info()["datastore"]
+    assert found["labels_without_image"] == {"count": 1, "files": ["labels/final/old name.nii.gz"]}
+    assert "loop.nii.gz" in found["left_out"]["files"]["loop"]
+    with pytest.raises(HTTPException, match="loop.nii.gz: it cannot be read") as error:
+        app.infer({"model": "quickstart", "image": "loop"})
+    assert error.value.status_code == 409
 
 
 def test_a_users_mistake_is_one_line_on_the_command_line():

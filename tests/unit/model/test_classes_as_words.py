@@ -10,6 +10,7 @@ from lib.model import versions
 from lib.model.nets import build_model
 from lib.model.predict import predict
 from lib.model.versions import CheckpointError
+from lib.tasks import task_from_dict
 from lib.trainers.judging import _served
 from support.helpers import ORGANS, concepts, label, tiny_overlapping_task, tiny_task, write_nifti
 
@@ -139,6 +140,21 @@ def test_the_next_round_takes_the_weights_over():
     model.load_state_dict(saved["model"])
     with torch.no_grad():
         assert model.eval()(torch.zeros(1, 1, *PATCH)).logits.shape[1] == 4
+
+
+@pytest.mark.parametrize("head", ["text", "fixed"])
+def test_a_version_goes_on_with_a_class_that_is_written_in_another_way(head):
+    known = task_of(head=head)
+    data = known.to_dict()
+    for table in (data["labels"], data["concepts"]["classes"]):
+        table |= {"Liver": table.pop("liver")}
+        table |= {name: table.pop(name) for name in ("spleen", "aorta")}  # back to the order of before
+    now = task_from_dict(data)
+    saved = checkpoint(known)
+    versions.check_same_task(saved, now)
+    _, task = versions.restore_model(saved, current=now)
+    assert task.classes == ("Liver", "spleen", "aorta")
+    assert task.text_rows() == known.text_rows()
 
 
 def test_heads_do_not_mix_and_channels_are_counted_with_the_fixed_one():

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 
-from lib.stores.cases import audit, image_id, read_datalist
+from lib.stores.cases import audit, read_datalist
+from lib.volumes.folders import image_id
 from support.helpers import label, tiny_overlapping_task, tiny_task, write_nifti
 
 SHAPE = (6, 7, 8)
@@ -116,8 +119,63 @@ def test_bad_folders(tmp_path):
         read_datalist(tmp_path)
     (tmp_path / "a.nrrd").touch()
     (tmp_path / "a.nii.gz").touch()
-    with pytest.raises(ValueError, match="several cases with id 'a'"):
+    with pytest.raises(ValueError, match=r"no image that can be used: image id 'a' belongs to a\.nii\.gz and a\.nrrd"):
         read_datalist(tmp_path)
+
+
+def test_an_image_that_cannot_be_used_costs_itself_alone(tmp_path, caplog):
+    (tmp_path / "loop.nii.gz").symlink_to("loop.nii.gz")
+    os.close(os.open(os.fsencode(tmp_path) + b"/caf\xe9.nii.gz", os.O_CREAT))
+    for name in ("good.nii.gz", "twin.nii", "twin.nii.gz"):
+        (tmp_path / name).touch()
+    assert [case["id"] for case in read_datalist(tmp_path)] == ["good"]
+    for words in (
+        "loop.nii.gz: it cannot be read",
+        r"caf\xe9.nii.gz: its name is not UTF-8",
+        "twin.nii and twin.nii.gz",
+    ):
+        assert words in caplog.text
+
+
+def test_one_comparison_of_names_decides_whom_a_label_was_drawn_for(tmp_path):
+    """`Left-Kidney` of then is `left kidney` of now; `kidney` is another class."""
+    task = tiny_task(labels={"left kidney": label(1), "aorta": label(2)})
+    drawn = case(tmp_path, "a", mask(v1=3))
+    for names, problem in (
+        ({"Left-Kidney": 1}, None),
+        ({"kidney": 1}, "drawn for another task: value 1 is 'kidney' there, 'left kidney' here"),
+        ({"LEFT_KIDNEY": 2}, "value 2 is 'LEFT_KIDNEY' there, 'aorta' here"),
+        ({"left kidney": 7}, "value 7 is 'left kidney' there, None here"),
+    ):
+        found = audit(task, [{**drawn, "label_names": names}]).cases[0].problem
+        assert found is None if problem is None else problem in found
+    report = audit(task, [{**drawn, "annotated": ["LEFT-kidney"]}])
+    assert report.cases[0].problem is None and report.cases[0].counts == {"left kidney": 3}
+
+
+def test_values_are_rounded_where_a_float_lost_something_and_named_where_they_are_others(tmp_path):
+    task = tiny_task(labels={"liver": label(1), "spleen": label(2)})
+    near = mask(v1=4, v2=3).astype(np.float32) * np.float32(0.9999999)
+    assert audit(task, [case(tmp_path, "near", near)]).cases[0].counts == {"liver": 4, "spleen": 3}
+    for wrong, shown in ((0.75, "0.75"), (1.002, "1.002"), (255, "255"), (-1, "-1"), (0.99, "0.99")):
+        values = mask(v1=4).astype(np.float32) * np.float32(wrong)
+        problem = audit(task, [case(tmp_path, "wrong", values)]).cases[0].problem
+        assert f"unknown label values {shown}; task 'tiny' knows 0 (background), 1 (liver), 2 (spleen)" in problem
+
+
+def test_a_case_that_went_away_names_itself(tmp_path, monkeypatch):
+    one, other = case(tmp_path, "one", mask(v1=3)), case(tmp_path, "other", mask(v1=3))
+    real = os.stat
+
+    def stale(path, *args, **kwargs):
+        if str(path) == one["image"]:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", stale)
+    report = audit(tiny_task(), [one, other])
+    assert [found["id"] for found in report.usable] == ["other"]
+    assert report.cases[0].problem and "one.nii.gz" in report.cases[0].problem
 
 
 @pytest.mark.parametrize(

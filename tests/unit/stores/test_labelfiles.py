@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import time
 import zipfile
 from pathlib import Path
@@ -12,13 +13,20 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import yaml
 from monailabel.interfaces.tasks.batch_infer import BatchInferTask
+from typer.testing import CliRunner
 
-from lib.stores.cases import read_datalist
-from lib.stores.errors import NotInStoreError, StoreError
+from lib.app.cli.labels import app
+from lib.stores.cases import audit, read_datalist
+from lib.stores.errors import ConflictError, NotInStoreError, StoreError
 from lib.stores.local import LocalStore
-from support.drawn import SHAPE, drawing, history, rejected, ten_drawings, two_cases, value_of
-from support.helpers import write_nifti
+from lib.stores.renaming import Renaming
+from lib.stores.uploads.checks import check_label_file
+from lib.stores.uploads.numbering import segment_names
+from lib.volumes.masks import write_mask
+from support.drawn import SHAPE, drawing, everything, history, rejected, ten_drawings, two_cases, value_of
+from support.helpers import label, tiny_task, write_nifti
 
 
 @pytest.fixture
@@ -139,6 +147,171 @@ def test_what_is_no_label_is_refused_and_kept(studies, labels):
         assert len(rejected(studies)) == number
     assert value_of(store.get_label_uri("a", "final")) == 1
     assert history(studies) == []
+
+
+def test_what_was_drawn_on_an_image_that_is_gone_is_kept(studies, labels, monkeypatch):
+    """Renamed, removed or doubled: before the label came, and while it was checked."""
+    store = LocalStore(studies)
+
+    def refused(kind: type[StoreError], words: str) -> None:
+        before = len(rejected(studies))
+        with pytest.raises(kind, match=words) as error:
+            store.save_label("a", str(labels[5]), "final", {"user": "ann"})
+        assert len(rejected(studies)) == before + 1
+        kept = studies / str(error.value).rsplit("kept as ", 1)[1]
+        assert value_of(kept) == 5 and "-ann." in kept.name
+        assert words in kept.with_name(f"{kept.name}.txt").read_text()
+
+    (studies / "a.nii.gz").rename(studies / "new name.nii.gz")
+    refused(NotInStoreError, "unknown image 'a'")
+    (studies / "new name.nii.gz").rename(studies / "a.nii.gz")
+    (studies / "a.nii").write_bytes(gzip.decompress((studies / "a.nii.gz").read_bytes()))
+    refused(ConflictError, "left out until one is renamed")
+    (studies / "a.nii").unlink()
+
+    def removed_meanwhile(*args):
+        (studies / "a.nii.gz").unlink()
+        return check_label_file(*args)
+
+    image = (studies / "a.nii.gz").read_bytes()
+    monkeypatch.setattr("lib.stores.local.check_label_file", removed_meanwhile)
+    refused(StoreError, "does not exist")
+    (studies / "a.nii.gz").write_bytes(image)
+
+    def removed_at_last(*args):
+        (studies / "a.nii.gz").unlink()
+
+    monkeypatch.setattr("lib.stores.local.check_label_file", check_label_file)
+    monkeypatch.setattr("lib.stores.local.check_trainable", removed_at_last)
+    refused(NotInStoreError, "unknown image 'a'")
+    assert store.list_images() == ["b"] and history(studies) == []
+
+
+def test_a_submit_is_refused_in_the_words_of_training(studies, labels):
+    """And what training takes is taken: a value that is a float's error off."""
+    task = tiny_task(labels={"liver": label(1), "spleen": label(2)})
+    other = tiny_task(name="other", labels={"aorta": label(9)})
+    store = LocalStore(studies, tasks=[task])
+
+    def drawn(value: float) -> str:
+        return str(write_nifti(labels[0].with_name("v.nii.gz"), np.full(SHAPE, value, np.float32)))
+
+    for value, shown in ((255, "255"), (0.75, "0.75"), (-1, "-1"), (70000, "70000"), (float("nan"), "nan")):
+        with pytest.raises(StoreError, match=f"unknown label values {re.escape(shown)}; ") as error:
+            store.save_label("a", drawn(value), "final", {})
+        said = str(error.value).partition("; the file is kept")[0]
+        trained = audit(task, [{"id": "a", "image": str(studies / "a.nii.gz"), "label": drawn(value)}]).cases[0].problem
+        assert said.removeprefix("the label") == trained.removeprefix(drawn(value))
+    assert len(rejected(studies)) == 5
+    for value in (1, 0.9999999, 2.0000002):
+        store.save_label("a", drawn(value), "final", {"annotated": ["LIVER"]})
+    assert audit(task, store.datalist()).cases[0].counts == {"liver": 0}
+    with pytest.raises(StoreError, match="annotated: unknown class 'kidney'; valid are liver, spleen"):
+        store.save_label("a", drawn(1), "final", {"annotated": ["kidney"]})
+    with pytest.raises(StoreError, match="annotated: unknown class 'kidney'"):
+        store.update_label_info("a", "final", {"annotated": ["kidney"]})
+    both = LocalStore(studies, tasks=[task, other])
+    both.save_label("b", drawn(9), "final", {})
+    with pytest.raises(StoreError, match="unknown label values 9; task 'tiny' knows"):
+        both.save_label("b", drawn(9), "final", {"model": "tiny"})
+    with pytest.raises(StoreError, match=r"task 'tiny' knows.*; other: annotated: unknown class 'liver'"):
+        both.save_label("b", drawn(9), "final", {"annotated": ["liver"]})
+    both.save_label("b", drawn(9), "scores", {})
+
+
+def test_a_named_upload_with_rounded_values_is_taken(studies, labels):
+    store = LocalStore(studies, tasks=[tiny_task(labels={"left kidney": label(1), "spleen": label(2)})])
+    file = write_nifti(labels[0].with_name("v.nii.gz"), np.full(SHAPE, 0.9999999, np.float32))
+    store.save_label("a", str(file), "final", {"label_info": [{"name": "Left-Kidney", "idx": 1}]})
+    assert store.datalist()[0]["label_names"] == {"left kidney": 1}
+    half = write_nifti(labels[0].with_name("h.nii.gz"), np.full(SHAPE, 0.5, np.float32))
+    with pytest.raises(StoreError, match="no whole numbers from 0 to 65535: 0.5"):
+        store.save_label("a", str(half), "final", {"label_info": [{"name": "spleen", "idx": 1}]})
+
+
+@pytest.fixture
+def renamed(studies, labels, tmp_path) -> Path:
+    """Labels that were drawn while the class `aorta` (value 3) was called `main artery`."""
+    before = tiny_task(labels={"main artery": label(3), "spleen": label(2)})
+    store = LocalStore(studies, tasks=[before])
+    named = {"label_info": [{"name": "Main-Artery", "idx": 3}], "annotated": ["main_artery", "spleen"], "user": "ann"}
+    store.save_label("a", str(labels[3]), "final", named)
+    file = labels[0].with_name("b.seg.nrrd")
+    write_mask(file, np.full(SHAPE, 3, np.uint8), np.eye(4), "", before.labels)
+    store.save_label("b", str(file), "final", {})
+    store.save_label("b", str(labels[2]), "other", {"label_info": [{"name": "spleen", "idx": 2}]})
+    return studies
+
+
+def test_labels_follow_a_class_that_is_renamed(renamed):
+    now = tiny_task(labels={"aorta": label(3), "spleen": label(2)})
+    store = LocalStore(renamed, tasks=[now])
+    problems = [found.problem for found in audit(now, store.datalist()).cases]
+    assert "unknown class 'main_artery'" in problems[0] and "'main artery' there, 'aorta' here" in problems[1]
+    renaming, before = Renaming("main artery", "aorta", now), everything(renamed)
+    places = store.rename_class(renaming, only_list=True)
+    assert places == ["labels/final/a.nii.gz", "labels/final/b.seg.nrrd"]
+    assert everything(renamed) == before
+    assert store.rename_class(renaming) == places
+    info = store.get_label_info("a", "final")
+    assert (info["annotated"], info["label_names"], info["user"]) == (["aorta", "spleen"], {"aorta": 3}, "ann")
+    assert info["label_info"] == [{"name": "aorta", "idx": 3}]
+    assert [found.counts["aorta"] for found in audit(now, store.datalist()).cases] == [336, 336]
+    new = Path(store.get_label_uri("b", "final"))
+    (old,) = history(renamed, "b")
+    assert segment_names(new) == {3: "aorta", 2: "spleen"} and segment_names(old) == {3: "main artery", 2: "spleen"}
+    assert old.read_bytes() == before["labels/final/b.seg.nrrd"]
+    assert old.read_bytes().partition(b"\n\n")[2] == new.read_bytes().partition(b"\n\n")[2], "no voxel is written anew"
+    assert everything(renamed)["labels/final/a.nii.gz"] == before["labels/final/a.nii.gz"]
+    with pytest.raises(NotInStoreError, match="no label of the folder names the class 'main artery'"):
+        store.rename_class(renaming)
+    then = tiny_task(labels={"main artery": label(3), "spleen": label(2)})
+    assert store.rename_class(Renaming("aorta", "main artery", then)) == places, "there is a way back"
+
+
+def test_labels_of_another_task_keep_their_names(renamed):
+    """There the name has another value."""
+    now = tiny_task(labels={"aorta": label(7), "spleen": label(2)})
+    assert LocalStore(renamed).rename_class(Renaming("main artery", "aorta", now), only_list=True) == []
+
+
+def test_a_rename_that_the_task_does_not_know_is_refused():
+    task = tiny_task()
+    with pytest.raises(StoreError, match="has no class 'vessel'; valid are liver, spleen, aorta"):
+        Renaming("aorta", "vessel", task)
+    with pytest.raises(StoreError, match="still has the class 'Liver'"):
+        Renaming("Liver", "aorta", task)
+    assert Renaming("AORTA", "aorta", task).of("Aorta") == "aorta", "another spelling can be unified"
+
+
+def test_renaming_on_the_command_line(renamed):
+    now = renamed.parent / "own.yaml"
+    data = tiny_task(labels={"aorta": label(3), "spleen": label(2)}).to_dict()
+    now.write_text(yaml.safe_dump({**data, "concepts": "texts.yaml"}))
+    (renamed.parent / "texts.yaml").write_text(yaml.safe_dump(data["concepts"]))
+    command = ["rename", "main artery", "aorta", "--task", str(now), "--data"]
+    listed = CliRunner().invoke(app, [*command, str(renamed)])
+    assert "labels/final/a.nii.gz" in listed.output and "2 label(s) would change; nothing was changed" in listed.output
+    done = CliRunner().invoke(app, [*command, str(renamed), "--yes"])
+    assert "2 label(s) say 'aorta' now, where they said 'main artery'" in done.output
+    refused = CliRunner().invoke(app, [*command, "http://archive/dicom-web"])
+    assert "DICOM SEGs, which stay as they were stored" in str(refused.exception)
+    refused = CliRunner().invoke(app, [*command, "list.json"])
+    assert "not a folder of studies" in str(refused.exception)
+
+
+def test_a_dataset_without_what_vanished_while_it_was_packed(studies, labels, monkeypatch):
+    store = LocalStore(studies)
+    store.save_label("a", str(labels[1]), "final", {})
+    store.save_label("b", str(labels[2]), "final", {})
+    cases = store.datalist()
+    (studies / "b.nii.gz").unlink()
+    monkeypatch.setattr(store, "datalist", lambda: cases)
+    path = store.get_dataset_archive(None)
+    with zipfile.ZipFile(path) as archive:
+        assert sorted(archive.namelist()) == ["image/a.nii.gz", "label/a.nii.gz", "left-out.txt", "metadata.json"]
+        assert archive.read("left-out.txt").decode() == "b.nii.gz: No such file or directory\n"
+    Path(path).unlink()
 
 
 def test_a_partial_label_says_so_until_it_is_replaced(studies, labels):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+from fastapi import HTTPException
 from monailabel.datastore.local import LocalDatastore
 from monailabel.interfaces.datastore import DefaultLabelTag
 
+from lib.app.web.common import known_image
 from lib.stores.cases import read_datalist
 from lib.stores.errors import ConflictError, NotInStoreError, ReadOnlyError, StoreError
 from lib.stores.local import LocalStore, check_tag
@@ -45,7 +49,11 @@ def test_files_are_the_truth(studies, labels):
     assert store.list_images() == ["a", "b", "c"]
     assert store.get_labeled_images() == ["a"]
     assert store.get_unlabeled_images() == ["b", "c"]
-    assert store.status() == {"total": 3, "completed": 1, "label_tags": {"final": 1}}
+    lost = {"count": 1, "files": ["labels/final/stranger.nii.gz"]}
+    assert store.status() == {
+        **{"total": 3, "completed": 1, "label_tags": {"final": 1}},
+        "labels_without_image": lost,
+    }
     assert store.datalist() == read_datalist(studies)[:1]
     assert store.datalist(full_path=False) == [{"id": "a", "image": "a.nii.gz", "label": "labels/final/a.nii.gz"}]
     assert store.get_labels_by_image_id("a") == {"final": "a"}
@@ -111,6 +119,82 @@ def test_images_with_one_id_are_left_out_by_name(studies, caplog):
     assert caplog.text.count("'a' belongs to a.nii and a.nii.gz") == 1
     with pytest.raises(ConflictError, match=r"a\.nii and a\.nii\.gz"):
         store.get_image_uri("a")
+
+
+@pytest.fixture
+def troubled(studies) -> Path:
+    """Beside a and b: a link in a circle, one to nowhere, a name that is not UTF-8, twins, a label of another time."""
+    (studies / "loop.nii.gz").symlink_to("loop.nii.gz")
+    (studies / "gone.nii.gz").symlink_to("elsewhere.nii.gz")
+    (Path(os.fsdecode(os.fsencode(studies) + b"/caf\xe9.nii.gz"))).write_bytes((studies / "a.nii.gz").read_bytes())
+    for name in ("twin.nii.gz", "twin.nii"):
+        picture(studies / name)
+    final = studies / "labels" / "final"
+    final.mkdir(parents=True)
+    for name in ("a.nii.gz", "a_seg.nii.gz", "old name.nii.gz", "twin.nii.gz"):
+        drawing(final / name, 1)
+    (final / "b.nii.gz").symlink_to("b.nii.gz")
+    return studies
+
+
+def test_what_cannot_be_used_costs_itself_alone_and_is_named(troubled, labels, caplog):
+    store = LocalStore(troubled)
+    store.report()
+    assert store.list_images() == ["a", "b"]
+    assert store.get_labeled_images() == ["a"] and store.get_unlabeled_images() == ["b"]
+    assert [case["id"] for case in store.datalist()] == ["a"]
+    assert set(store.json()["objects"]) == {"a", "b"}
+    store.save_label("b", str(labels[2]), "original", {})
+    store.update_image_info("b", {"seen": True})
+    Path(store.get_dataset_archive(None)).unlink()
+    expected = {
+        "caf\\xe9": "caf\\xe9.nii.gz: its name is not UTF-8: rename it",
+        "gone": "gone.nii.gz: it is a link to a file that is not there",
+        "loop": "loop.nii.gz: it cannot be read: Too many levels of symbolic links",
+        "twin": "image id 'twin' belongs to twin.nii and twin.nii.gz: left out until one is renamed",
+        "labels/final/b.nii.gz": "it cannot be read: Too many levels of symbolic links",
+    }
+    lost = ["labels/final/a_seg.nii.gz", "labels/final/old name.nii.gz"]
+    for answer in (store.status(), store.json()):
+        assert answer["left_out"] == {"count": 5, "files": expected}
+        assert answer["labels_without_image"] == {"count": 2, "files": lost}
+    json.dumps(store.json(), ensure_ascii=False).encode()
+    for reason in (*expected.values(), f"2 label file(s) without an image: {', '.join(lost)}"):
+        assert reason in caplog.text
+    for case in ("gone", "loop", "twin"):
+        with pytest.raises(ConflictError, match=case):
+            store.get_image_uri(case)
+        with pytest.raises(HTTPException, match="cannot be used") as error:
+            known_image(store, case)
+        assert error.value.status_code == 409 and expected[case] in error.value.detail
+        with pytest.raises(ConflictError, match=r"belongs to|cannot be used"):
+            store.add_image(case, str(picture(labels[0].with_name("new.nii.gz"))), {})
+
+
+@pytest.mark.parametrize("reason", [errno.EACCES, errno.ESTALE])
+def test_a_file_that_may_not_be_read_or_whose_handle_is_stale(studies, monkeypatch, reason):
+    real_access, real_open = os.access, os.open
+
+    def access(path, *args, **kwargs):
+        return not str(path).endswith("a.nii.gz") and real_access(path, *args, **kwargs)
+
+    def refuse(path, *args, **kwargs):
+        if str(path).endswith("a.nii.gz"):
+            raise OSError(reason, os.strerror(reason), str(path))
+        return real_open(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "access", access)
+    monkeypatch.setattr(os, "open", refuse)
+    store = LocalStore(studies)
+    assert store.list_images() == ["b"]
+    assert store.status()["left_out"]["files"] == {"a": f"a.nii.gz: it cannot be read: {os.strerror(reason)}"}
+
+
+def test_an_answer_names_the_first_files_and_counts_the_others(studies):
+    for number in range(25):
+        (studies / f"link{number:02}.nii.gz").symlink_to("nowhere")
+    found = LocalStore(studies).status()["left_out"]
+    assert found["count"] == 25 and list(found["files"]) == [f"link{number:02}" for number in range(20)]
 
 
 def test_linked_images_are_read_and_links_for_labels_are_not_followed(studies, labels, tmp_path):

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from lib.stores.cases import image_id
 from lib.trainers import BiPVLTrain
 from lib.trainers.gate import decide
 from lib.trainers.judging import judge
+from lib.volumes.folders import image_id
 from support.helpers import tiny_task, write_nifti
 from support.training import Cases
 

@@ -15,6 +15,7 @@ from lib import upstream
 from lib.activelearning import strategies
 from lib.activelearning.leases import DEFAULT_MINUTES, Leases, Offer
 from lib.app.web.access.options import CONF_KEYS
+from lib.app.web.common import known_image
 from lib.app.web.install import install
 from lib.app.web.sessions import Sessions
 from lib.infers import BatchInfer, BiPVLInfer
@@ -25,7 +26,6 @@ from lib.scoring import CaseScoring, scoring_methods
 from lib.scoring.background import METHOD, Background
 from lib.scoring.methods import SERVER
 from lib.scoring.turns import Turns
-from lib.stores.cases import why_empty
 from lib.stores.dicom.store import DicomStore
 from lib.stores.interface import Store
 from lib.stores.labelfolder import FINAL, UNCERTAINTY
@@ -33,6 +33,7 @@ from lib.stores.local import LocalStore
 from lib.tasks import Task, TaskError, load_task
 from lib.trainers import BiPVLTrain
 from lib.upstream import MONAILabelApp, ScoringMethod, Strategy, settings
+from lib.volumes.folders import why_empty
 from lib.volumes.series import SeriesError
 
 logger = logging.getLogger(__name__)
@@ -110,6 +111,7 @@ class BiPVLApp(MONAILabelApp):
         store = LocalStore(self.studies, settings.MONAI_LABEL_DATASTORE_READ_ONLY, tuple(self.tasks.values()))
         if not store.list_images() and (hint := why_empty(store.folder)):
             logger.warning("%s: no images: %s", self.studies, hint)
+        store.report()
         return store
 
     def on_init_complete(self) -> None:
@@ -175,23 +177,6 @@ class BiPVLApp(MONAILabelApp):
             self.background.wake()
         return {**found, "path": path, "info": info}
 
-    def check_annotated(self, names: Any) -> None:
-        """Whether some task of this server has all classes that a label declares.
-
-        Raises:
-            lib.tasks.TaskError: a name that no task has, with the valid ones.
-        """
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise TaskError(f"annotated: expected a list of class names, got {names!r}")
-        problems = []
-        for task in self.tasks.values():
-            try:
-                task.annotated(names)
-                return
-            except TaskError as error:
-                problems.append(f"{task.name}: {error}")
-        raise TaskError("; ".join(problems))
-
     def on_save_label(self, image_id: str, label_id: str) -> None:
         """A final label ends the lease of its case."""
         if self.datastore().get_label_by_image_id(image_id, FINAL):
@@ -199,9 +184,8 @@ class BiPVLApp(MONAILabelApp):
 
     def infer(self, request: dict[str, Any], datastore: Store | None = None) -> dict[str, Any]:
         """Segment an image of the datastore, never another file. What a user got wrong is an answer that says so."""
-        store, image = datastore or self.datastore(), request.get("image")
-        if not isinstance(image, str) or image not in store.list_images():
-            raise HTTPException(404, f"unknown image {image!r}; the datastore has {len(store.list_images())} images")
+        store = datastore or self.datastore()
+        image = known_image(store, str(request.get("image")))
         result = self.infer_file(request, Path(store.get_image_uri(image)))
         params, mask = result["params"], Path(result["file"])
         try:

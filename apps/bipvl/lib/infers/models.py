@@ -116,7 +116,8 @@ class Models:
             checkpoints.check_same_task(checkpoint, self.task, path)
             model, task = checkpoints.restore_model(checkpoint, path, self.task)
             warnings = []
-            new = [c for c in task.classes if c not in task_from_dict(checkpoint["task"], str(path)).classes]
+            known = task_from_dict(checkpoint["task"], str(path)).respelled(task).classes
+            new = [c for c in task.classes if c not in known]
             if new:
                 warnings.append(f"version {version} never saw a label of {', '.join(new)}: found by description alone")
             self._models[key] = Loaded(version, model.to(device).eval(), task, file, warnings)

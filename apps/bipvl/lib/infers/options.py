@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lib.model.versions import Versions
-from lib.tasks import Task
+from lib.tasks import Task, meant
 from lib.upstream import strtobool
 
 
@@ -63,7 +63,8 @@ def _names(wanted: Any, task: Task) -> tuple[str, ...]:
     """Label names from a list or a comma-separated string; nothing means all."""
     names = wanted.split(",") if isinstance(wanted, str) else list(wanted or [])
     names = [str(n).strip() for n in names if str(n).strip()]
-    for name in names:
-        if name not in task.labels:
-            raise ValueError(f"label_subset: unknown label {name!r}; valid are {', '.join(task.labels)}")
-    return tuple(names or task.labels)
+    known = [meant(name, task.labels) for name in names]
+    if None in known:
+        unknown = names[known.index(None)]
+        raise ValueError(f"label_subset: unknown label {unknown!r}; valid are {', '.join(task.labels)}")
+    return tuple(name for name in known if name) or tuple(task.labels)

@@ -128,6 +128,8 @@ def restore_model(
         raise CheckpointError(f"{path}: the weights do not fit: {brief(error)}") from error
     if not all(torch.isfinite(tensor).all() for tensor in model.state_dict().values()):
         raise CheckpointError(f"{path}: the weights hold NaN or infinity")
+    if current is not None:
+        task = task.respelled(current)
     reads = current is not None and task.model.head == "text" and task.overlapping == current.overlapping
     if current is not None and reads and current.classes != task.classes:
         task = task.extended(current)
@@ -148,7 +150,7 @@ def check_same_task(checkpoint: dict[str, Any], task: Task, path: Path | str = "
     Raises:
         CheckpointError: naming each difference.
     """
-    theirs = task_from_dict(checkpoint["task"], str(path))
+    theirs = task_from_dict(checkpoint["task"], str(path)).respelled(task)
     by_channel = (
         ("classes", theirs.classes, task.classes),
         ("label values", theirs.label_values, task.label_values),

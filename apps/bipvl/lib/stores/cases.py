@@ -8,8 +8,8 @@ A label that was drawn for some classes only says so: `annotated` names them. On
 from __future__ import annotations
 
 import json
-import os
-from collections import Counter, defaultdict
+import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +19,12 @@ from rich.console import Console
 from rich.table import Table
 
 from lib.stores.document import Infos
-from lib.tasks import Task
+from lib.tasks import Task, folded
+from lib.volumes.folders import SUFFIXES, image_id, newest, usable, volumes, why_empty
 from lib.volumes.reading import align_label, check_grid, check_image, encode, read_header, read_volume
 
-SUFFIXES = (".nii.gz", ".nii", ".seg.nrrd", ".nrrd", ".mha", ".mhd")
-LOOKED_AT = 1000  # files, before nothing is said about a folder
+logger = logging.getLogger(__name__)
+
 LABELS_FOLDER = Path("labels") / "final"
 
 
@@ -103,18 +104,12 @@ class Audit:
             raise ValueError(f"every usable label is empty: nothing to learn for task {self.task!r}\n{self.table()}")
 
 
-def image_id(path: str | Path) -> str:
-    """The id of a case: the name of its image without the extension."""
-    name = os.path.basename(path)
-    suffix = next((s for s in SUFFIXES if name.lower().endswith(s)), "")
-    return name[: len(name) - len(suffix)]
-
-
 def read_datalist(source: str | Path) -> list[Case]:
     """The cases of a MONAI Label folder or of a JSON list, sorted by id.
 
     Args:
-        source: a folder with images, their labels under the same name in `labels/final`; or a JSON file: a list of
+        source: a folder with images, their labels under the same name in `labels/final` (an image that cannot be used
+            is left out, and the log says why); or a JSON file: a list of
             objects with `image` and optionally `label`, `id` and `annotated`, or an object with such a list under
             `training` (Medical Segmentation Decathlon). Paths are relative to the JSON file.
 
@@ -155,7 +150,7 @@ def _audit_case(task: Task, given: Mapping[str, Any], voxels: bool) -> CaseAudit
         annotated = task.annotated(case.get("annotated"))
         for name, value in case.get("label_names", {}).items():
             here = task.value_names.get(value)
-            if here != name:
+            if here is None or folded(here) != folded(name):
                 raise ValueError(
                     f"{label_path}: drawn for another task: value {value} is {name!r} there, {here!r} here"
                 )
@@ -176,60 +171,6 @@ def _audit_case(task: Task, given: Mapping[str, Any], voxels: bool) -> CaseAudit
         problem = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         return CaseAudit(case, counts, problem)
     return CaseAudit(case, counts, None)
-
-
-def volumes(folder: Path) -> dict[str, list[Path]]:
-    """Image files by id, without hidden ones (archives made on macOS carry a `._` twin of every file).
-
-    Empty where the folder does not exist. An id with several files is for the caller to judge.
-    """
-    found = defaultdict(list)
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith(".") and entry.is_file():
-                    found[image_id(entry.name)].append(folder / entry.name)
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    return {case: sorted(paths) for case, paths in sorted(found.items())}
-
-
-def why_empty(folder: Path) -> str:
-    """What a folder without images holds instead, if it looks like a mistake; empty if not."""
-    looked = 0
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(
-            name for name in folders if not name.startswith(".") and Path(parent, name) != folder / "labels"
-        )
-        for name in sorted(files):
-            file = Path(parent, name)
-            if Path(parent) != folder and name.lower().endswith(SUFFIXES):
-                return (
-                    f"there are images in sub folders, e.g. {file.relative_to(folder)}, and only those directly in the "
-                    "folder count: move them there, or name that sub folder"
-                )
-            if _is_dicom(file):
-                return (
-                    f"there are DICOM files, e.g. {file.relative_to(folder)}, which count in a DICOMweb archive only: "
-                    "store them in one and name its address, or convert each series to NIfTI"
-                )
-            looked += 1
-            if looked == LOOKED_AT:
-                return ""
-    return ""
-
-
-def _is_dicom(file: Path) -> bool:
-    try:
-        with file.open("rb") as opened:
-            return opened.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
-
-
-def newest(paths: Sequence[Path]) -> Path:
-    """The label that counts where one image has several, as after a save that was cut off."""
-    return max(paths, key=lambda path: (path.stat().st_mtime_ns if path.exists() else 0, path.name))
 
 
 def declared(names: Any) -> list[str]:
@@ -257,11 +198,16 @@ def make_case(case: str, image: Path, label: Path | None, annotated: Any = None,
 def _from_folder(folder: Path) -> list[Case]:
     labels = {case: newest(paths) for case, paths in volumes(folder / LABELS_FOLDER).items()}
     infos = Infos(folder).read()
+    images, problems = usable(folder)
+    for problem in problems.values():
+        logger.warning("%s: %s", folder, problem)
+    if problems and not images:
+        raise ValueError(f"{folder}: no image that can be used: {'; '.join(problems.values())}")
     cases = []
-    for case, images in volumes(folder).items():
+    for case, image in images.items():
         label = labels.get(case)
         info = infos.label(case, LABELS_FOLDER.name, label).info if label else {}
-        cases += [make_case(case, i, label, info.get("annotated"), info.get("label_names")) for i in images]
+        cases.append(make_case(case, image, label, info.get("annotated"), info.get("label_names")))
     return cases
 
 

@@ -2,27 +2,50 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+logger = logging.getLogger(__name__)
+
+LEFT_OUT = "left-out.txt"
+
 
 def zip_cases(cases: Sequence[Mapping[str, Any]], metadata: str) -> str:
     """A temporary ZIP with `image/`, `label/` and `metadata.json`, for the caller to delete.
 
+    A case that cannot be read any more is left out, and `left-out.txt` says why.
+
     Raises:
         OSError: the ZIP cannot be written; nothing is left behind.
     """
+    problems = []
     with tempfile.NamedTemporaryFile(suffix=".zip", delete=False) as file:
         try:
             with zipfile.ZipFile(file, "w", strict_timestamps=False) as archive:
                 for case in cases:
-                    for kind in ("image", "label"):
-                        archive.write(case[kind], f"{kind}/{Path(case[kind]).name}")
+                    paths = {kind: Path(case[kind]) for kind in ("image", "label")}
+                    if problem := next(filter(None, map(_unreadable, paths.values())), None):
+                        logger.warning("Left out of the dataset: %s", problem)
+                        problems.append(problem)
+                        continue
+                    for kind, path in paths.items():
+                        archive.write(path, f"{kind}/{path.name}")
                 archive.writestr("metadata.json", metadata)
+                if problems:
+                    archive.writestr(LEFT_OUT, "\n".join(problems) + "\n")
         except BaseException:
             Path(file.name).unlink(missing_ok=True)
             raise
     return file.name
+
+
+def _unreadable(path: Path) -> str | None:
+    try:
+        with path.open("rb"):
+            return None
+    except OSError as error:
+        return f"{path.name}: {error.strerror}"

@@ -25,6 +25,10 @@ class Store(Datastore):
         """Whether every change is refused."""
 
     @abstractmethod
+    def left_out(self) -> dict[str, str]:
+        """Images that are there and cannot be used, by id, and why: they are not among `list_images`."""
+
+    @abstractmethod
     def keep_map(self, image_id: str, file: Path, info: dict[str, Any]) -> None:
         """Keep what a model computed for an image under the tag `uncertainty`, in place of an earlier one."""
 

@@ -10,15 +10,16 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Collection
 from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lib.stores.cases import SUFFIXES, image_id, newest, volumes
 from lib.stores.document import Infos, Record, digest, link_or_copy, stage, stage_copy, sync_folder
 from lib.stores.errors import ReadOnlyError, StoreError
 from lib.stores.uploads.checks import suffix_of
+from lib.volumes.folders import SUFFIXES, image_id, listing, newest, volumes
 from lib.volumes.series import SeriesError
 
 logger = logging.getLogger(__name__)
@@ -79,9 +80,21 @@ class LabelFiles:
     def tags(self) -> list[str]:
         """Tags in use, in order."""
         with suppress(FileNotFoundError, NotADirectoryError):
-            names = sorted(entry.name for entry in os.scandir(self.folder) if entry.is_dir())
-            return [n for n in names if TAG.fullmatch(n) and n.lower() not in RESERVED_TAGS]
+            names = sorted(entry.name for entry in os.scandir(self.folder))
+            tags = (n for n in names if TAG.fullmatch(n) and n.lower() not in RESERVED_TAGS)
+            return [n for n in tags if os.path.isdir(self.folder / n)]
         return []
+
+    def problems(self) -> dict[str, str]:
+        """Label files that cannot be used, by their place in the studies folder, and why."""
+        found = ((tag, listing(self.folder / tag).problems) for tag in self.tags())
+        return {f"labels/{tag}/{name}": reason for tag, problems in found for name, reason in problems.items()}
+
+    def without(self, images: Collection[str]) -> list[str]:
+        """The places of label files that belong to none of these images: `x_seg.nii.gz`, or an image's old name."""
+        found = (volumes(self.folder / tag) for tag in self.tags())
+        paths = [p for labels in found for case, files in labels.items() if case not in images for p in files]
+        return [path.relative_to(self.studies).as_posix() for path in paths]
 
     def of(self, case: str, tag: str) -> list[Path]:
         """The label files of an image: none, one, or after a cut-off save several, of which the newest counts."""
@@ -165,6 +178,8 @@ class LabelFiles:
     def reject(self, case: str, source: Path, user: Any, reason: ValueError) -> NoReturn:
         """Keep an upload that cannot be a label, with the reason beside it, and say so."""
         try:
+            if not self.studies.is_dir():
+                raise ReadOnlyError("the folder of studies is not there at the moment")
             suffix = "".join(c for c in "".join(source.suffixes)[-20:] if c.isalnum() or c == ".")
             kept = keep_copy(source, self._own_folder(self.folder / "rejected" / case), user, suffix)
             kept.with_name(f"{kept.name}.txt").write_text(f"{reason}\n", encoding="utf-8")
@@ -177,7 +192,11 @@ class LabelFiles:
 
     def _own_folder(self, folder: Path) -> Path:
         """Make a folder for labels; they are never written through links."""
-        if folder.resolve() != folder:
+        try:
+            straight = folder.resolve() == folder
+        except (OSError, RuntimeError):  # a link that leads in a circle
+            straight = False
+        if not straight:
             raise ReadOnlyError(f"{folder.relative_to(self.studies)} leads out of the folder through a link")
         folder.mkdir(parents=True, exist_ok=True)
         return folder

@@ -6,19 +6,22 @@ from __future__ import annotations
 import copy
 import errno
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 from filelock import FileLock, Timeout
 
-from lib.stores.cases import declared, newest
-from lib.stores.document import STAGED, Infos
+from lib.stores.cases import declared
+from lib.stores.document import STAGED, Document, Infos
 from lib.stores.errors import ConflictError, NotInStoreError, ReadOnlyError, StoreError
 from lib.stores.labelfiles import LabelFiles, check_tag, facts
 from lib.stores.locks import LOCK_SECONDS, Lock, Order
 from lib.stores.uploads.checks import plain
+from lib.stores.uploads.names import check_annotated
+from lib.tasks import Task
+from lib.volumes.folders import counted, newest, usable, volumes
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +80,47 @@ class LabelFolder:
                 refuse_change(str(error.strerror))
             raise
 
+    # What there is ------------------------------------------------------------------------------------------------
+
+    def objects(self, infos: Document) -> dict[str, Any]:
+        """Images by id with their labels by tag, in the schema of `datastore_v2.json`."""
+        by_tag = {tag: volumes(self.labels.folder / tag) for tag in self.labels.tags()}
+        found: dict[str, Any] = {}
+        for case, path in usable(self.path)[0].items():
+            try:
+                image = {"ext": path.name[len(case) :], "info": {**facts(path), **infos.image(case).info}}
+                entry: dict[str, Any] = {"image": image, "labels": {}}
+                for tag in (tag for tag, files in by_tag.items() if case in files):
+                    label = newest(by_tag[tag][case])
+                    record = {**facts(label), **infos.label(case, tag, label).info}
+                    entry["labels"][tag] = {"ext": label.name[len(case) :], "info": record}
+                found[case] = entry
+            except OSError as error:  # it went away since it was listed
+                logger.warning("%s: image %r cannot be looked at: %s", self.path, case, error.strerror)
+        return copy.deepcopy(found)
+
+    def counts_for_nothing(self) -> dict[str, Any]:
+        """Where there are any: `left_out`, images and label files that cannot be used, and why;
+        `labels_without_image`, label files whose name is that of no image."""
+        images, problems = usable(self.path)
+        left_out, lost = {**problems, **self.labels.problems()}, self.labels.without({*images, *problems})
+        return {
+            **({"left_out": counted(left_out)} if left_out else {}),
+            **({"labels_without_image": counted(lost)} if lost else {}),
+        }
+
+    def report(self) -> None:
+        """Say the same in the log."""
+        images, problems = usable(self.path)
+        for reason in problems.values():
+            logger.warning("%s: %s", self.path, reason)
+        for place, reason in self.labels.problems().items():
+            logger.warning("%s: %s is left out: %s", self.path, place, reason)
+        if lost := self.labels.without({*images, *problems}):
+            names = counted(lost)["files"]
+            more = ", …" if len(lost) > len(names) else ""
+            logger.warning("%s: %d label file(s) without an image: %s%s", self.path, len(lost), ", ".join(names), more)
+
     # Texts of the whole -------------------------------------------------------------------------------------------
 
     def set_name(self, name: str) -> None:
@@ -125,16 +169,16 @@ class LabelFolder:
             self.label(case, label_tag)
             self.labels.retire(case, check_tag(label_tag))
 
-    def note_label(self, case: str, label_tag: str, info: Any) -> None:
-        """Add to what is known about a label; `annotated` is checked, None takes it away.
+    def note_label(self, case: str, label_tag: str, info: Any, tasks: Sequence[Task]) -> None:
+        """Add to what is known about a label; `annotated` is checked against the tasks, None takes it away.
 
         Raises:
             NotInStoreError: there is no such label.
-            StoreError: no object, or no list of class names.
+            StoreError: no object, no list of class names, or names that no task has.
         """
         news, tag = refused(plain, info), check_tag(label_tag)
         if news.get("annotated") is not None:
-            refused(declared, news["annotated"])
+            check_annotated(refused(declared, news["annotated"]), tasks)
         with self.writing():
             path = self.label(case, tag)
             with self.infos.change() as document:

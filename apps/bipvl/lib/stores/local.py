@@ -15,17 +15,19 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lib.stores.cases import declared, make_case, newest, volumes
-from lib.stores.cases import image_id as id_of
+from lib.stores.cases import declared, make_case
 from lib.stores.document import Record, digest, stage_copy, sync_folder
 from lib.stores.errors import ConflictError, NotInStoreError, ReadOnlyError, StoreError
 from lib.stores.export import zip_cases
 from lib.stores.interface import Store
 from lib.stores.labelfiles import check_new_id, check_tag, facts, files_of
 from lib.stores.labelfolder import FINAL, LabelFolder, refuse_change, refused
+from lib.stores.renaming import Renaming, planned, rename_class
 from lib.stores.uploads.checks import check_image_file, check_label_file, plain, same_volume, suffix_of
-from lib.stores.uploads.numbering import renumber
+from lib.stores.uploads.numbering import check_trainable, renumber
 from lib.tasks import Task
+from lib.volumes.folders import image_id as id_of
+from lib.volumes.folders import newest, twins, usable, volumes
 
 __all__ = ["ConflictError", "LocalStore", "NotInStoreError", "ReadOnlyError", "StoreError", "check_new_id", "check_tag"]
 
@@ -72,8 +74,15 @@ class LocalStore(Store):
         self._kept.set_description(description)
 
     def list_images(self) -> list[str]:
-        """Ids in order, as they are on disk now. Two images of one id are left out, and the log says so."""
+        """Ids in order, as they are on disk now, without those that are `left_out`."""
         return list(self._images())
+
+    def left_out(self) -> dict[str, str]:
+        return usable(self.folder)[1]
+
+    def report(self) -> None:
+        """Say in the log which files of the folder count for nothing."""
+        self._kept.report()
 
     def get_labeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
         """Images with a final label; like MONAI Label's own store, whatever `label_tag` and `labels` say."""
@@ -128,27 +137,24 @@ class LocalStore(Store):
         return image_id if self._labels.of(image_id, check_tag(tag)) else ""
 
     def status(self) -> dict[str, Any]:
+        """How many images there are and how many are labelled; and, where there are any, what counts for nothing."""
         images = self._images()
         tags = {tag: sum(case in images for case in volumes(self._labels.folder / tag)) for tag in self._labels.tags()}
         return {
             "total": len(images),
             "completed": tags.get(FINAL, 0),
             "label_tags": {t: n for t, n in tags.items() if n},
+            **self._kept.counts_for_nothing(),
         }
 
     def json(self) -> dict[str, Any]:
-        """All images and labels with their infos, in the schema of `datastore_v2.json`."""
-        infos, labels = self._infos.read(), {tag: volumes(self._labels.folder / tag) for tag in self._labels.tags()}
-        objects: dict[str, Any] = {}
-        for case, path in self._images().items():
-            known = infos.image(case).info
-            image = {"ext": path.name[len(case) :], "info": {**facts(path), **known}}
-            objects[case] = {"image": image, "labels": {}}
-            for tag in (t for t in labels if case in labels[t]):
-                label = newest(labels[tag][case])
-                record = {**facts(label), **infos.label(case, tag, label).info}
-                objects[case]["labels"][tag] = {"ext": label.name[len(case) :], "info": record}
-        return {**infos.model_dump(exclude={"objects", "announced"}), "objects": copy.deepcopy(objects)}
+        """All images and labels with their infos, in the schema of `datastore_v2.json`, and what `status` adds."""
+        infos = self._infos.read()
+        return {
+            **infos.model_dump(exclude={"objects", "announced"}),
+            "objects": self._kept.objects(infos),
+            **self._kept.counts_for_nothing(),
+        }
 
     def get_dataset_archive(self, limit_cases: int | None) -> str:
         """A temporary ZIP of the labelled cases, for the caller to delete.
@@ -186,6 +192,8 @@ class LocalStore(Store):
             others = [p.name for p in files_of(self.folder, case) if p != target]
             if others:
                 raise ConflictError(f"image id {case!r} belongs to {others[0]}; choose another id")
+            if case in self.left_out():
+                raise ConflictError(f"image {case!r} cannot be used: {self.left_out()[case]}")
             if not target.exists():
                 staged = stage_copy(source, self.folder)
                 try:
@@ -219,30 +227,20 @@ class LocalStore(Store):
                 `label_info` the values of the file, `model` the task they belong to.
 
         Raises:
-            StoreError: not a label of this image: unreadable, another grid, a wrong declaration. The file is kept.
+            StoreError: not a label of this image: unreadable, another grid, a wrong declaration, values that training
+                would refuse; or the image is not there any more. The file is kept in `labels/rejected`.
             OSError: e.g. the disk is full: the label that was there is untouched.
         """
         tag, source = check_tag(label_tag), Path(label_filename)
         if self.read_only:
             refuse_change()
-        image = self._image(image_id)
-        before = _signature(image)
-        user = label_info.get("user") if isinstance(label_info, dict) else None
         try:
-            info = plain(label_info)
-            if info.get("annotated") is not None:
-                declared(info["annotated"])
-            drawn = check_label_file(source, image, image_id)
-            renumbered = renumber(source, drawn, info, self.tasks)
+            self._keep_label(image_id, source, tag, label_info)
         except ValueError as error:
+            if not self._may_be_image(image_id):
+                raise
+            user = label_info.get("user") if isinstance(label_info, dict) else None
             self._labels.reject(image_id, source, user, error)
-        with tempfile.TemporaryDirectory() as folder, self._kept.writing():
-            if _signature(self._image(image_id)) != before:
-                self._labels.reject(image_id, source, user, ConflictError(f"image {image_id!r} was replaced meanwhile"))
-            if renumbered:
-                info["label_names"] = renumbered.names
-                source = renumbered.file(source, Path(folder), image)
-            self._labels.put(image_id, tag, source, info)
         return image_id
 
     def keep_map(self, image_id: str, file: Path, info: dict[str, Any]) -> None:
@@ -264,7 +262,14 @@ class LocalStore(Store):
 
     def update_label_info(self, label_id: str, label_tag: str, info: dict[str, Any]) -> None:
         """Add to what is known about a label; `annotated` is checked as in `save_label`, None takes it away."""
-        self._kept.note_label(label_id, label_tag, info)
+        self._kept.note_label(label_id, label_tag, info, self.tasks)
+
+    def rename_class(self, renaming: Renaming, only_list: bool = False) -> list[str]:
+        """Let the labels follow a class that got another name in its task; returns their places in the folder."""
+        if only_list:
+            return planned(self._labels, self._infos.read(), renaming)
+        with self._kept.writing():
+            return rename_class(self._labels, self._infos, renaming)
 
     # For inference ------------------------------------------------------------------------------------------------
 
@@ -276,29 +281,53 @@ class LocalStore(Store):
 
     # How ----------------------------------------------------------------------------------------------------------
 
+    def _keep_label(self, case: str, source: Path, tag: str, label_info: dict[str, Any] | None) -> None:
+        image = self._image(case)
+        before, info = _signature(image), plain(label_info)
+        if info.get("annotated") is not None:
+            declared(info["annotated"])
+        drawn = check_label_file(source, image, case)
+        renumbered = renumber(source, drawn, info, self.tasks)
+        if tag == FINAL:
+            check_trainable(renumbered.changed if renumbered and renumbered.changed else drawn, info, self.tasks)
+        with tempfile.TemporaryDirectory() as folder, self._kept.writing():
+            if _signature(self._image(case)) != before:
+                raise ConflictError(f"image {case!r} was replaced meanwhile")
+            if renumbered:
+                info["label_names"] = renumbered.names
+                source = renumbered.file(source, Path(folder), image)
+            self._labels.put(case, tag, source, info)
+
     def _images(self) -> dict[str, Path]:
-        images = {}
-        for case, paths in volumes(self.folder).items():
-            if len(paths) == 1:
-                images[case] = paths[0]
-            elif case not in self._told:
-                self._told.add(case)
-                logger.warning("%s: %s", self.folder, _twins(case, paths))
+        images, problems = usable(self.folder)
+        for problem in problems.values():
+            if problem not in self._told:
+                self._told.add(problem)
+                logger.warning("%s: %s", self.folder, problem)
         return images
 
     def _image(self, case: str) -> Path:
         paths = files_of(self.folder, case)
-        if not paths:
-            raise NotInStoreError(f"unknown image {str(case)[:80]!r}; the datastore has {len(self._images())} images")
         if len(paths) > 1:
-            raise ConflictError(_twins(case, paths))
+            raise ConflictError(twins(case, paths))
+        if not paths:
+            images, problems = usable(self.folder)
+            if case in problems:
+                raise ConflictError(f"image {case!r} cannot be used: {problems[case]}")
+            raise NotInStoreError(f"unknown image {str(case)[:80]!r}; the datastore has {len(images)} images")
         return paths[0]
+
+    def _may_be_image(self, case: str) -> bool:
+        """Whether an image can have, or has had, this id: what was drawn on it is kept also where it is gone."""
+        try:
+            return check_new_id(case) == case
+        except StoreError:  # a name that somebody gave it by hand
+            return bool(files_of(self.folder, case)) or case in self._infos.read().objects
 
 
 def _signature(path: Path) -> tuple[int, int, int]:
-    stat = path.stat()
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise ConflictError(f"the image {path.name} cannot be read: {error.strerror}") from error
     return stat.st_ino, stat.st_mtime_ns, stat.st_size
-
-
-def _twins(case: str, paths: list[Path]) -> str:
-    return f"image id {case!r} belongs to {' and '.join(p.name for p in paths)}: left out until one is renamed"

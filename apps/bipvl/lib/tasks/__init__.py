@@ -19,6 +19,7 @@ from lib.tasks.loading import (
     task_data,
     task_from_dict,
 )
+from lib.tasks.names import check_names, folded, meant
 from lib.tasks.schema import (
     AXES,
     VISION_BACKBONES,
@@ -55,10 +56,13 @@ __all__ = [
     "TaskError",
     "Training",
     "VISION_BACKBONES",
+    "check_names",
     "concepts_file",
+    "folded",
     "list_tasks",
     "load_concepts",
     "load_task",
+    "meant",
     "task_data",
     "task_from_dict",
 ]

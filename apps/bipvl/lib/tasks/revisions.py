@@ -16,7 +16,7 @@ from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lib.files import now, numbered, write_json
-from lib.tasks import Concepts, Review, Task, TaskError
+from lib.tasks import Concepts, Review, Task, TaskError, meant
 
 logger = logging.getLogger(__name__)
 
@@ -93,13 +93,14 @@ class Revisions:
         saved, own = self.read(number).concepts, self.task.concepts
         if number == 0:
             return self.task
-        missing = [name for name in own.classes if name not in saved.classes]
+        spoken = {name: saved.classes[said] for name in own.classes if (said := meant(name, saved.classes))}
+        missing = [name for name in own.classes if name not in spoken]
         if missing:
             logger.warning(
                 "%s: revision %d has no sentences for %s: the file's are used",
                 *(self.task.name, number, ", ".join(missing)),
             )
-        classes = {name: saved.classes.get(name, text) for name, text in own.classes.items()}
+        classes = {name: spoken.get(name, text) for name, text in own.classes.items()}
         review = Review(status="unreviewed") if missing else saved.review
         concepts = Concepts(modality=own.modality, review=review, classes=classes)
         return self.task.model_copy(update={"concepts": concepts})

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from lib.tasks.concepts import ATTRIBUTES, Concepts, StrictModel, TaskError
+from lib.tasks.names import check_names, meant
 from lib.tasks.wording import markup
 
 VISION_BACKBONES = ("swin_unetr", "swin_unetr_v2", "unetr", "unet", "unetpp")
@@ -174,6 +175,11 @@ class Task(StrictModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Task:
+        check_names(self.labels, "labels")
+        check_names(self.regions or {}, "regions")
+        for name in self.regions or {}:
+            if (label_name := meant(name, self.labels)) not in (None, name):
+                raise ValueError(f"regions: {name!r} and the label {label_name!r} count as one name; rename one")
         values: dict[int, str] = {}
         for name, label in self.labels.items():
             for value in {label.value, *label.file_values}:
@@ -262,14 +268,23 @@ class Task(StrictModel):
         """
         if names is None:
             return (True,) * len(self.classes)
-        valid = {*self.classes, *self.labels}
-        unknown = [n for n in names if n not in valid]
-        if unknown or not names:
-            found = f"unknown class {unknown[0]!r}" if unknown else "no class is named"
-            choices = dict.fromkeys((*self.classes, *self.labels))
-            raise TaskError(f"annotated: {found}; valid are {', '.join(choices)}")
+        known = self.named(names)
         parts = {name: region.labels for name, region in (self.regions or {}).items()}
-        return tuple(c in names or (c in parts and set(parts[c]) <= set(names)) for c in self.classes)
+        return tuple(c in known or (c in parts and set(parts[c]) <= set(known)) for c in self.classes)
+
+    def named(self, names: Sequence[str]) -> list[str]:
+        """The classes and labels that a label's `annotated` means, as this task spells them.
+
+        Raises:
+            TaskError: an unknown name, or no name at all.
+        """
+        valid = list(dict.fromkeys((*self.classes, *self.labels)))
+        known = {name: meant(name, valid) for name in names}
+        unknown = [name for name, found in known.items() if found is None]
+        if unknown or not known:
+            found = f"unknown class {unknown[0]!r}" if unknown else "no class is named"
+            raise TaskError(f"annotated: {found}; valid are {', '.join(valid)}")
+        return [found for found in known.values() if found is not None]
 
     def text_rows(self) -> list[list[str]]:
         """C lists of K sentences, in channel order, in the task's text format."""
@@ -284,9 +299,10 @@ class Task(StrictModel):
         if not isinstance(override, dict):
             raise TaskError(f"concepts: expected class → attribute → sentence, got {type(override).__name__}")
         classes = dict(self.concepts.classes)
-        for name, sentences in override.items():
-            if name not in classes:
-                raise TaskError(f"concepts: unknown class {name!r}; valid are {', '.join(classes)}")
+        for given, sentences in override.items():
+            name = meant(str(given), classes)
+            if name is None:
+                raise TaskError(f"concepts: unknown class {given!r}; valid are {', '.join(classes)}")
             if not isinstance(sentences, dict):
                 raise TaskError(f"concepts.{name}: expected attribute → sentence, got {type(sentences).__name__}")
             for attribute, sentence in sentences.items():
@@ -322,6 +338,19 @@ class Task(StrictModel):
         texts = {name: self.concepts.classes.get(name, text) for name, text in current.concepts.classes.items()}
         update = {"labels": current.labels, "regions": current.regions}
         return self.model_copy(update={**update, "concepts": self.concepts.model_copy(update={"classes": texts})})
+
+    def respelled(self, current: Task) -> Task:
+        """This task with the names that `current` writes in another way (`lib.tasks.names.folded`)."""
+        valid = dict.fromkeys((*current.labels, *current.classes))
+        spelling = {name: meant(name, valid) or name for name in (*self.labels, *self.classes)}
+        labels = {spelling[name]: label for name, label in self.labels.items()}
+        regions = self.regions and {
+            spelling[name]: region.model_copy(update={"labels": tuple(spelling[part] for part in region.labels)})
+            for name, region in self.regions.items()
+        }
+        texts = {spelling[name]: text for name, text in self.concepts.classes.items()}
+        concepts = self.concepts.model_copy(update={"classes": texts})
+        return self.model_copy(update={"labels": labels, "regions": regions, "concepts": concepts})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data from which `task_from_dict` rebuilds the task without any file."""

@@ -23,7 +23,7 @@ from lib.model import checkpoints
 from lib.model.nets import TextAssets, build_model
 from lib.model.reports.page import Examined
 from lib.model.versions import Versions
-from lib.stores.cases import audit, image_id
+from lib.stores.cases import audit
 from lib.tasks import Task
 from lib.trainers import rounds
 from lib.trainers.evaluation import masks, score_cases
@@ -34,6 +34,7 @@ from lib.trainers.rounds import Fold, Round
 from lib.trainers.split import split_cases
 from lib.trainers.tracking import Tracker
 from lib.upstream import Context, Datastore, TrainTask
+from lib.volumes.folders import image_id
 from lib.volumes.transforms import augment, load
 
 logger = logging.getLogger(__name__)

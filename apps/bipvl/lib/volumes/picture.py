@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from lib.tasks import Task
-from lib.volumes.reading import align_label, check_image, read_volume
+from lib.volumes.reading import align_label, check_image, read_volume, rounded, unknown_values
 
 WIDTH = 1000  # of the picture, in pixels
 ROW_LIMIT = 480  # height of a row of planes
@@ -61,11 +61,10 @@ def read_for_picture(task: Task, image: Path, masks: Mapping[str, Path]) -> tupl
     grey = window(to_ras(volume[0].numpy(), affine), task)
     labels = {}
     for title, path in masks.items():
-        values = align_label(read_volume(path), volume)[0].numpy()
+        values = rounded(align_label(read_volume(path), volume)[0].numpy())
         unknown = sorted(set(np.unique(values)) - {0, *task.value_names})
         if unknown:
-            valid = ", ".join(f"{value} ({name})" for value, name in task.value_names.items())
-            raise ValueError(f"{path}: unknown label value {unknown[0]:g}; task {task.name!r} knows {valid}")
+            raise ValueError(unknown_values(unknown, task, str(path)))
         labels[title] = to_ras(values, affine).astype(int)
     return grey, spacing, labels
 

@@ -30,6 +30,7 @@ AXIS_CODES = (("L", "R"), ("P", "A"), ("I", "S"))
 GRID_TOLERANCE = 0.1  # voxels that corners of a label's grid may lie off its image's: rounding in headers, no more
 MAX_VALUE = 65535
 MAX_NUMBERS = 2**30  # that a volume may have on the network's grid: 4 GiB of float32
+WHOLE = 1e-3  # what floats and scaling factors lose of a whole number; interpolation loses more
 
 
 def read_volume(path: str | Path) -> MetaTensor:
@@ -304,25 +305,35 @@ def encode(values: Tensor, task: Task, source: str = "label") -> Tensor:
         float32, (1, H, W, D) class indices with 0 for background; where classes overlap (C, H, W, D) of 0 and 1.
 
     Raises:
-        ValueError: values that the task does not know.
+        ValueError: values that the task does not know, as `unknown_values` says it.
     """
     names = list(task.labels)
     table = torch.full((MAX_VALUE + 1,), -1)
     table[0] = 0
     for value, name in task.value_names.items():
         table[value] = names.index(name) + 1
-    whole = values.long()
-    whole[(whole != values) | (whole < 0) | (whole > MAX_VALUE)] = MAX_VALUE + 1
+    whole = values.round().long()
+    whole[((values - whole).abs() > WHOLE) | (whole < 0) | (whole > MAX_VALUE) | ~values.isfinite()] = MAX_VALUE + 1
     index = torch.cat([table, torch.tensor([-1])]).to(values.device)[whole]
     if (index < 0).any():
-        unknown = torch.unique(values[index < 0]).tolist()
-        shown = ", ".join(f"{v:g}" for v in unknown[:10]) + (", …" if len(unknown) > 10 else "")
-        valid = ", ".join(f"{value} ({name})" for value, name in task.value_names.items())
-        raise ValueError(f"{source}: unknown label values {shown}; task {task.name!r} knows 0 (background), {valid}")
+        raise ValueError(unknown_values(np.unique(rounded(values[index < 0].cpu().numpy())).tolist(), task, source))
     if task.regions is None:
         return index.float()
     members = [[False, *(name in region.labels for name in names)] for region in task.regions.values()]
     return torch.tensor(members, device=values.device)[:, index[0]].float()
+
+
+def rounded(values: np.ndarray) -> np.ndarray:
+    """Label values without a float's error: 1 for 0.9999999. What is no whole number stays as it is."""
+    whole = np.rint(values)
+    return np.where(np.abs(values - whole) <= WHOLE, whole, values)
+
+
+def unknown_values(values: Sequence[float], task: Task, source: str) -> str:
+    """What is said of a label that holds these values, which the task does not know."""
+    shown = ", ".join(f"{value:.7g}" for value in values[:10]) + (", …" if len(values) > 10 else "")
+    valid = ", ".join(f"{value} ({name})" for value, name in task.value_names.items())
+    return f"{source}: unknown label values {shown}; task {task.name!r} knows 0 (background), {valid}"
 
 
 def source_of(volume: MetaTensor) -> str:

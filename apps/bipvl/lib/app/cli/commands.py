@@ -17,6 +17,7 @@ from rich.progress import track
 from rich.table import Table
 
 from lib.app.cli import concepts as concept_cli
+from lib.app.cli import labels as label_cli
 from lib.app.cli.concepts import DEFAULT_MODELS
 from lib.infers import BiPVLInfer
 from lib.model.reports.page import Examined, evaluation_report, write_report
@@ -34,6 +35,7 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pret
 versions_app = typer.Typer(help="List published versions, look at one, serve another.", no_args_is_help=True)
 app.add_typer(versions_app, name="versions")
 app.add_typer(concept_cli.app, name="concepts")
+app.add_typer(label_cli.app, name="labels")
 console = Console()
 
 TaskOption = Annotated[str, typer.Option("--task", help="name of a shipped task, or path of your own task file")]

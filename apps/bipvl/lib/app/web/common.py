@@ -134,10 +134,12 @@ def known_image(store: Any, image: str) -> str:
     """The id of an image in the datastore.
 
     Raises:
-        HTTPException: 404.
+        HTTPException: 404, or 409 with the reason where the image is there but cannot be used.
     """
     images = store.list_images()
     if image not in images:
+        if reason := store.left_out().get(image):
+            raise HTTPException(409, f"image {image[:100]!r} cannot be used: {reason}")
         raise HTTPException(404, f"unknown image {image[:100]!r}; the datastore has {len(images)} images")
     return image
 

@@ -73,8 +73,7 @@ class Saving:
         mask, task, said = self._received(source, uid, volume, info)
         looked_for = said if looked_for is None else looked_for
         if looked_for is not None:
-            task.annotated(looked_for)
-            info["annotated"] = looked_for
+            info["annotated"] = looked_for = task.named(looked_for)
         if tag != FINAL:
             self._copies.put(uid, tag, mask, task, info)
             return

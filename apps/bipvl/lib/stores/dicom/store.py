@@ -114,6 +114,10 @@ class DicomStore(Store):
         """Series instance UIDs of the images, as the archive lists them now."""
         return list(self._listings.now().images)
 
+    def left_out(self) -> dict[str, str]:
+        """None: a series that turns out to be no volume is listed, and says so when it is asked for."""
+        return {}
+
     def get_labeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
         """Images with a SEG in the archive that shows a class of this server's tasks."""
         listing = self._listings.now()
@@ -282,7 +286,7 @@ class DicomStore(Store):
         self._check_changes()
         with self._images.lock(check_uid(label_id)):  # nothing replaces the label while it is looked up and noted
             self._label(label_id, label_tag)
-            self._kept.note_label(label_id, label_tag, info)
+            self._kept.note_label(label_id, label_tag, info, self.tasks)
 
     def keep_map(self, image_id: str, file: Path, info: dict[str, Any]) -> None:
         """Keep what a model computed for an image under the tag `uncertainty`, in place of an earlier one."""

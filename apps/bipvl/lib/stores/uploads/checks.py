@@ -14,7 +14,7 @@ import nrrd
 import torch
 from monai.data import MetaTensor
 
-from lib.stores.cases import SUFFIXES
+from lib.volumes.folders import SUFFIXES
 from lib.volumes.nifti import SUFFIXES as NIFTI_SUFFIXES
 from lib.volumes.nifti import is_nifti, true_suffix
 from lib.volumes.reading import align_label, read_header, read_volume

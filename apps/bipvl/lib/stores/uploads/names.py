@@ -12,18 +12,16 @@ from typing import Any
 import numpy as np
 
 from lib.stores.errors import StoreError
-from lib.tasks import Task
+from lib.tasks import Task, TaskError, folded, meant
+from lib.tasks.names import BACKGROUND
+from lib.volumes.reading import MAX_VALUE, rounded
 
-BACKGROUND = "background"
 VALUE_KEYS = ("idx", "value", "labelID")
 
 
 def label_of(name: str, task: Task) -> str | None:
     """The task's label that a segment's name means, None for an unknown one."""
-    if name in task.labels:
-        return name
-    found = [label for label in task.labels if _folded(label) == _folded(name)]
-    return found[0] if len(found) == 1 else None
+    return meant(name, task.labels)
 
 
 def task_for(names: Iterable[str], tasks: Sequence[Task]) -> Task | None:
@@ -47,14 +45,35 @@ def task_named(name: Any, tasks: Sequence[Task]) -> Task:
 
 
 def whole_numbers(voxels: np.ndarray) -> np.ndarray:
-    """The values of an uploaded label, as they were read, as uint16.
+    """The values of an uploaded label, as they were read, as uint16; a float's error is rounded.
 
     Raises:
-        StoreError: some are no whole numbers, or too small or large.
+        StoreError: some are no whole numbers, or too small or large; names them.
     """
-    if not np.isfinite(voxels).all() or voxels.min() < 0 or voxels.max() > 65535 or (voxels != np.rint(voxels)).any():
-        raise StoreError("the label holds values that are no whole numbers from 0 to 65535")
-    return voxels.astype(np.uint16)
+    values = rounded(voxels)
+    whole = np.isfinite(values) & (values >= 0) & (values <= MAX_VALUE)
+    whole[whole] = values[whole] == np.rint(values[whole])
+    if not whole.all():
+        found = ", ".join(f"{value:.7g}" for value in np.unique(values[~whole])[:10])
+        raise StoreError(f"the label holds values that are no whole numbers from 0 to {MAX_VALUE}: {found}")
+    return values.astype(np.uint16)
+
+
+def check_annotated(names: Sequence[str], tasks: Sequence[Task]) -> None:
+    """Whether some task has all classes that a label declares.
+
+    Raises:
+        StoreError: a name that no task has, with the valid ones.
+    """
+    problems = []
+    for task in tasks:
+        try:
+            task.named(names)
+            return
+        except TaskError as error:
+            problems.append(f"{task.name}: {error}")
+    if problems:
+        raise StoreError("; ".join(problems))
 
 
 def named_values(label_info: Any) -> dict[int, str] | None:
@@ -115,8 +134,4 @@ def to_task_values(mask: np.ndarray, names: dict[int, str] | None, task: Task) -
 
 
 def _is_background(name: Any) -> bool:
-    return isinstance(name, str) and _folded(name) == BACKGROUND
-
-
-def _folded(name: str) -> str:
-    return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
+    return isinstance(name, str) and folded(name) == BACKGROUND

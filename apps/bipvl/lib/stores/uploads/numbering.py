@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 
+from lib.stores.errors import StoreError
 from lib.stores.uploads.names import label_of, named_values, task_for, task_named, to_task_values, whole_numbers
-from lib.tasks import Task
+from lib.tasks import Task, TaskError
 from lib.volumes.masks import write_mask
+from lib.volumes.reading import rounded, unknown_values
 
 SEGMENT = re.compile(r"Segment(\d+)_(Name|LabelValue)")
 
@@ -74,6 +76,32 @@ def renumber(source: Path, label: MetaTensor, info: Mapping[str, Any], tasks: Se
     )
 
 
+def check_trainable(label: MetaTensor, info: Mapping[str, Any], tasks: Sequence[Task]) -> None:
+    """Refuse what training would refuse, in its words: a value, or a class of `annotated`, that the task does not know.
+
+    Args:
+        label: (1, H, W, D), in the values of a task.
+        info: what the client sent: `model` may name the task; else one of `tasks` has to know all of it.
+
+    Raises:
+        StoreError: no task can train on it; says why for each.
+    """
+    meant_for = [task for task in tasks if task.name == info.get("model")] or tasks
+    values, problems = _values(label.numpy()), []
+    for task in meant_for:
+        if unknown := [value for value in values if value and value not in task.value_names]:
+            problems.append(unknown_values(unknown, task, "the label"))
+            continue
+        try:
+            if info.get("annotated") is not None:
+                task.named(info["annotated"])
+            return
+        except TaskError as error:
+            problems.append(f"{task.name}: {error}")
+    if problems:
+        raise StoreError("; ".join(problems))
+
+
 def segment_names(source: Path) -> dict[int, str]:
     """Value to name, as the header of a `.seg.nrrd` says; empty for any other file."""
     if not source.name.lower().endswith(".seg.nrrd"):
@@ -83,6 +111,14 @@ def segment_names(source: Path) -> dict[int, str]:
         if match := SEGMENT.fullmatch(key):
             found.setdefault(match[1], {})[match[2]] = str(value)
     return {int(one["LabelValue"]): one["Name"] for one in found.values() if {"Name", "LabelValue"} <= set(one)}
+
+
+def _values(voxels: np.ndarray) -> list[float]:
+    """The different values of a label."""
+    try:
+        return [float(value) for value in np.flatnonzero(np.bincount(whole_numbers(voxels).ravel()))]
+    except StoreError:  # rare, and slow
+        return np.unique(rounded(voxels)).tolist()
 
 
 def _task(model: Any, names: Sequence[str], tasks: Sequence[Task]) -> Task:

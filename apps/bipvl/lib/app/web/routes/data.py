@@ -6,7 +6,6 @@ import logging
 import mimetypes
 import shutil
 import tempfile
-from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +17,6 @@ from starlette.background import BackgroundTask
 from lib.app.web import uploads
 from lib.app.web.access.accounts import User
 from lib.app.web.common import ERRORS, Services, checked, current_user, json_object, known_image
-from lib.stores.dicom.archive import ArchiveError
 from lib.upstream import DefaultLabelTag, file_checksum
 
 logger = logging.getLogger(__name__)
@@ -103,10 +101,6 @@ def datastore_routes(services: Services) -> APIRouter:
         params: Annotated[str, Form()] = "{}",
     ) -> dict[str, Any]:
         info, store = {**json_object(params), "user": user.name}, app.datastore()
-        with suppress(ArchiveError):  # the store keeps the drawing, and says that the archive does not answer
-            known_image(store, image)
-        if info.get("annotated") is not None:
-            app.check_annotated(info["annotated"])
         valid = (*uploads.LABEL_SUFFIXES, *([".dcm"] if store.dicom else []))
         with uploads.saved(label, valid, "label") as path:
             saved = store.save_label(image, str(path), tag or DefaultLabelTag.FINAL.value, info)

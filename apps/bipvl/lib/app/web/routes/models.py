@@ -24,8 +24,8 @@ from lib.app.web.common import ERRORS, LabelApp, Services, checked, choice, curr
 from lib.app.web.routes import choices
 from lib.app.web.routes.progress import with_images, with_progress
 from lib.scoring import cache
-from lib.stores.cases import SUFFIXES
 from lib.upstream import BatchInferImageType, file_checksum, log_file, start_task, stop_task, task_status, tasks_of
+from lib.volumes.folders import SUFFIXES
 
 logger = logging.getLogger(__name__)
 
