@@ -134,7 +134,7 @@ def test_refusals(files, tmp_path):
     with pytest.raises(ValueError, match=r"shifted\.nii\.gz: not on the grid"):
         picture(tiny_task(), files[0], {"Model": wrong_grid}, tmp_path / "out.png")
     unknown = write_nifti(tmp_path / "unknown.nii.gz", label_array() * 9, AFFINE)
-    with pytest.raises(ValueError, match=r"unknown\.nii\.gz: unknown label value 9; .*1 \(liver\)"):
+    with pytest.raises(ValueError, match=r"unknown\.nii\.gz: unknown label values 9; .*1 \(liver\)"):
         picture(tiny_task(), files[0], {"Model": unknown}, tmp_path / "out.png")
     assert not (tmp_path / "out.png").exists()
 
