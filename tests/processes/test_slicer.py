@@ -304,7 +304,7 @@ TRAIN_ERRORS = (
     ("quickstart", {"multi_gpu": "x"}, "multi_gpu: expected true or false, got 'x'"),
     ("quickstart", {"resume": "x"}, "resume: expected true or false, got 'x'"),
     ("quickstart", {"device": "cuda:9"}, "device: 'cuda:9'; valid are "),
-    ("quickstart", {"name": "../x"}, "name: expected letters, digits, - and _, got '../x'"),
+    ("quickstart", {"name": "../x"}, "name: '../x'; valid are up to 64 letters, digits, dashes and underscores"),
     ("quickstart", {"tracking_uri": "http://x"}, "params: 'tracking_uri' cannot be set"),
 )
 
@@ -325,7 +325,7 @@ def test_errors_are_sentences_to_act_on(server, studies, slicer, tmp_path):
     assert scored.status_code == 404 and "unknown scoring method 'best'; valid are " in scored.json()["detail"]
     (tmp_path / "text.nii.gz").write_bytes(b"no label")
     small = write_nifti(tmp_path / "small.nii.gz", np.ones((4, 4, 4), np.uint8))
-    for file, sentence in ((tmp_path / "text.nii.gz", "damaged or cut off"), (small, "not on the grid of its image")):
+    for file, sentence in ((tmp_path / "text.nii.gz", "not a NIfTI file"), (small, "not on the grid of its image")):
         with pytest.raises(MONAILabelClientException) as error:
             slicer.client().save_label("phantom_003", str(file), params={"label_info": []})
         assert sentence in shown(error.value)
