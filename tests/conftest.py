@@ -17,6 +17,9 @@ from support import FAULTS, ROOT
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for a hub; read when transformers is imported
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ["COLUMNS"] = (
+    "400"  # no sentence that a test looks for is broken into lines; rich reads it when it is imported
+)
 # One thread each, here and in every process that tests start: there is a worker a core, and the networks are tiny.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.register_at_fork(after_in_child=gc.disable)  # a collection would copy the whole heap into the child

@@ -249,6 +249,7 @@ def _become(job: dict[str, Any], own: str) -> None:
     os.environ.clear()
     os.environ.update(environment)
     time.tzset()  # read once, else
+    tempfile.tempdir = None  # likewise: TMPDIR may have changed
     os.chdir(job["folder"])
     sys.executable = job["python"]
     signal.signal(signal.SIGINT, signal.default_int_handler)

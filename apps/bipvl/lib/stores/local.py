@@ -289,7 +289,8 @@ class LocalStore(Store):
         drawn = check_label_file(source, image, case)
         renumbered = renumber(source, drawn, info, self.tasks)
         if tag == FINAL:
-            check_trainable(renumbered.changed if renumbered and renumbered.changed else drawn, info, self.tasks)
+            changed = renumbered.changed if renumbered else None
+            check_trainable(drawn if changed is None else changed, info, self.tasks)
         with tempfile.TemporaryDirectory() as folder, self._kept.writing():
             if _signature(self._image(case)) != before:
                 raise ConflictError(f"image {case!r} was replaced meanwhile")
