@@ -16,7 +16,6 @@ from monailabel.client.client import MONAILabelClientException
 
 from lib.app.web.access.accounts import User
 from lib.app.web.access.downloads import SECONDS, Downloads
-from lib.app.web.routes import choices
 from lib.infers import BiPVLInfer
 from lib.stores.cases import audit
 from lib.stores.errors import StoreError
@@ -59,16 +58,16 @@ def test_every_option_has_a_widget_and_its_value_comes_back(name, tmp_path):
     task = load_task(name, {"model.text": "scratch"})
     model, trainer = BiPVLInfer(task, tmp_path), BiPVLTrain(task, tmp_path)
     kinds = {}
-    for config in (model.info()["config"], trainer.info()["config"]):
-        for key, value in config.items():
+    for engine in (model, trainer):
+        for key, value in engine.info()["config"].items():
             kind, first = widget_of(value)
             kinds[key] = kind
             if kind == "combo":
-                assert choices.typed({key: first}, config)[key] == first
-                assert choices.typed({key: value}, config)[key] == first, "the whole list: its first entry is meant"
+                assert engine.options.full({key: first})[key] == first
+                assert engine.options.full({key: value})[key] == first, "the whole list: its first entry is meant"
             else:
-                assert choices.typed({key: str(value)}, config)[key] == value, "typed as a text"
-                assert choices.typed({key: value}, config)[key] == value
+                assert engine.options.full({key: str(value)})[key] == value, "typed as a text"
+                assert engine.options.full({key: value})[key] == value
     assert kinds["tta"] == kinds["resume"] == "checkbox"
     assert kinds["overlap"] == kinds["max_epochs"] == kinds["learning_rate"] == "number"
     assert kinds["device"] == kinds["model_version"] == kinds["dataset"] == "combo"
@@ -304,7 +303,7 @@ TRAIN_ERRORS = (
     ("quickstart", {"multi_gpu": "x"}, "multi_gpu: expected true or false, got 'x'"),
     ("quickstart", {"resume": "x"}, "resume: expected true or false, got 'x'"),
     ("quickstart", {"device": "cuda:9"}, "device: 'cuda:9'; valid are "),
-    ("quickstart", {"name": "../x"}, "name: '../x'; valid are up to 64 letters, digits, dashes and underscores"),
+    ("quickstart", {"name": "../x"}, "name: expected up to 64 letters, digits, dashes and underscores"),
     ("quickstart", {"tracking_uri": "http://x"}, "params: 'tracking_uri' cannot be set"),
 )
 

@@ -22,6 +22,7 @@ ORDER = (
     ("lib.stores",),
     ("lib.volumes",),
     ("lib.tasks",),
+    ("lib.options",),
     ("lib.files", "lib.upstream"),
 )
 

@@ -13,6 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+# Tags of labels, and their folders below `labels/`: what an annotator submitted, what a model drew.
+FINAL, ORIGINAL = "final", "original"
+
 
 def write_json(path: Path, data: Any) -> None:
     """Write JSON atomically."""

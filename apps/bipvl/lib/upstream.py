@@ -27,7 +27,7 @@ from fastapi import FastAPI
 from monailabel.config import Settings, settings
 from monailabel.interfaces import app as app_module
 from monailabel.interfaces.app import MONAILabelApp
-from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
+from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException, MONAILabelException
 from monailabel.interfaces.tasks.batch_infer import BatchInferImageType, BatchInferTask
 from monailabel.interfaces.tasks.infer_v2 import InferTask as InferInterface
@@ -49,7 +49,6 @@ __all__ = [  # of theirs, handed on
     "BatchInferTask",
     "Context",
     "Datastore",
-    "DefaultLabelTag",
     "device_list",
     "DICOMwebClient",
     "file_checksum",

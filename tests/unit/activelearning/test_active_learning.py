@@ -121,7 +121,7 @@ class TestContract:
 @pytest.mark.parametrize("seed", ["soon", [], {}, float("inf")])
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "first"])
 def test_a_seed_must_be_a_number(name, seed):
-    with pytest.raises(ValueError, match="seed: expected a whole number"):
+    with pytest.raises(ValueError, match="^seed: (expected a whole number|an empty list says nothing)"):
         all_strategies()[name]({"seed": seed}, Store([], ["a"]))
 
 

@@ -13,7 +13,8 @@ from monailabel.utils.async_tasks.utils import background_tasks
 
 from lib.app.bipvl import BiPVLApp
 from lib.app.web.access.options import WebOptions
-from lib.app.web.common import Services, handle_errors
+from lib.app.web.answers import Places, handle_errors
+from lib.app.web.common import Services
 from lib.app.web.routes.infer import infer_routes
 from lib.app.web.routes.models import task_routes
 from lib.infers import BatchInfer
@@ -40,10 +41,10 @@ def app(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(app):
-    api = FastAPI()
-    handle_errors(api)
+    api, places = FastAPI(), Places([app.studies, app.model_dir], "/t")
+    handle_errors(api, places)
     with ThreadPoolExecutor(1) as pool:
-        services = Services(app, WebOptions.read({}, {}, ""), None, None, pool)
+        services = Services(app, WebOptions.read({}, {}, ""), None, None, pool, places)
         for routes in (infer_routes(services), task_routes(services)):
             api.include_router(routes)
         with TestClient(api) as client:

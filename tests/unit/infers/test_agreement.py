@@ -159,6 +159,18 @@ def test_a_label_that_cannot_be_used_does_not_stop_the_others(oracle, tmp_path):
     assert {e["image"] for e in found["masks"]} == {"b"}
 
 
+def test_an_image_without_usable_voxels_does_not_stop_the_others(oracle, tmp_path):
+    """MONAI hides the reason behind a RuntimeError: the whole request answered 500."""
+    task = tiny_task()
+    broken = case(tmp_path, "a", boxes())
+    image = nib.load(broken["image"])
+    voxels = np.full(image.shape, np.nan, np.float32)
+    nib.save(nib.Nifti1Image(voxels, image.affine), broken["image"])
+    found = check_labels(None, task, [broken, case(tmp_path, "b", boxes())])
+    assert "NaN or infinite" in found["problems"]["a"]
+    assert {e["image"] for e in found["masks"]} == {"b"}
+
+
 @pytest.mark.slow
 def test_a_server_finds_the_mask_that_was_shifted(tmp_path, phantoms):
     """The model that comes with the app, and a liver 24 mm too far to the front in one of three labels."""

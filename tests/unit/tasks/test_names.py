@@ -7,7 +7,7 @@ import unicodedata
 
 import pytest
 
-from lib.infers.options import Options
+from lib.infers.options import Options, infer_options
 from lib.tasks import Task, TaskError, folded, list_tasks, load_task, meant, task_from_dict
 from lib.tasks.revisions import Revisions
 from support.helpers import label, tiny_overlapping_task, tiny_task
@@ -94,7 +94,7 @@ def test_what_clients_declare_select_and_describe_is_compared_in_the_same_way(tm
     task = kidneys()
     assert task.annotated(["Left-Kidney"]) == (True, False)
     assert task.named(["RIGHT_KIDNEY", "left kidney"]) == ["right kidney", "left kidney"]
-    chosen = Options.from_request({"label_subset": "Right-Kidney"}, task, None)
+    chosen = Options.of(infer_options(task, None).read({"label_subset": "Right-Kidney"}), task)
     assert chosen.classes == ("right kidney",)
     own = task.with_concepts({"Left_Kidney": {"shape": "A bean."}})
     assert own.concepts.classes["left kidney"].sentences["shape"] == "A bean."

@@ -13,11 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lib.activelearning.ranking import RANKINGS, Ranking, choose
+from lib.options import Choice, Number, OptionTable
 from lib.scoring import cache
 from lib.scoring.cache import CaseScores
 from lib.upstream import Strategy
 
-NO_SEED = -1
+SEED = Number("seed", -1, "of random choices; below 0: another one each time")
 DESCRIPTIONS = {
     "uncertainty": "The case whose mask the model is least sure of (predictive entropy over the foreground)",
     "alignment": "The case where text and image agree least (low class-wise alignment)",
@@ -27,14 +28,16 @@ DESCRIPTIONS = {
 
 
 class _Unlabelled(Strategy):
-    """What all share: the candidates, and the option `seed`."""
+    """What all share: the candidates, and a table of options."""
+
+    options = OptionTable()
 
     def info(self) -> dict[str, Any]:
         return {"description": self.description, "config": self.config()}
 
     def config(self) -> dict[str, Any]:
         """Options as clients show them."""
-        return {}
+        return self.options.offer()
 
     def __call__(self, request: Mapping[str, Any], datastore: Any) -> dict[str, Any] | None:
         """The image to annotate next, under `id`; None where there is none.
@@ -42,8 +45,9 @@ class _Unlabelled(Strategy):
         Raises:
             ValueError: an option that cannot be used.
         """
+        asked = self.options.full(request)
         cases = sorted(set(datastore.get_unlabeled_images(request.get("label_tag"), request.get("labels"))))
-        return self.pick(cases, request, datastore) if cases else None
+        return self.pick(cases, asked, datastore) if cases else None
 
     def pick(self, cases: list[str], request: Mapping[str, Any], datastore: Any) -> dict[str, Any]:
         raise NotImplementedError
@@ -65,9 +69,7 @@ class Random(_Unlabelled):
 
     def __init__(self) -> None:
         super().__init__("Any case, those that were never offered first")
-
-    def config(self) -> dict[str, Any]:
-        return {"seed": NO_SEED}
+        self.options = OptionTable(SEED)
 
     def pick(self, cases: list[str], request: Mapping[str, Any], datastore: Any) -> dict[str, Any]:
         seed = _seed(request)
@@ -91,15 +93,11 @@ class Ranked(_Unlabelled):
 
     def __init__(self, name: str, ranking: Ranking, models: Sequence[str], served: Callable[[str], int]) -> None:
         super().__init__(DESCRIPTIONS[name])
-        self.name, self.ranking, self.models, self.served = name, ranking, tuple(models), served
-
-    def config(self) -> dict[str, Any]:
-        return {"model": list(self.models), "seed": NO_SEED}
+        self.name, self.ranking, self.served = name, ranking, served
+        self.options = next_case_options(models)
 
     def pick(self, cases: list[str], request: Mapping[str, Any], datastore: Any) -> dict[str, Any]:
-        model = request.get("model") or self.models[0]
-        if model not in self.models:
-            raise ValueError(f"model: unknown model {model!r}; valid are {', '.join(self.models)}")
+        model = request["model"]
         served, infos = self.served(model), {case: datastore.get_image_info(case) for case in cases}
         version, scores = _most(infos, model, served)
         if not scores:
@@ -125,12 +123,19 @@ def strategies(models: Sequence[str], served: Callable[[str], int], default: str
     return {default: found[default], **found}
 
 
+def next_case_options(models: Sequence[str]) -> OptionTable:
+    """The table of `POST /activelearning/<strategy>`: of those that rank; `random` has the seed alone, `first` nothing.
+
+    Args:
+        models: names of the tasks served, the default first.
+    """
+    first = next(iter(models), "")
+    said, what = "the first task", "whose scores count, where the server has several tasks"
+    return OptionTable(Choice("model", first, what, said, choices=tuple(models), what="model"), SEED)
+
+
 def _seed(request: Mapping[str, Any]) -> int | None:
-    given = request.get("seed", NO_SEED)
-    try:
-        seed = int(NO_SEED if given in (None, "") else given)
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"seed: expected a whole number, {NO_SEED} for none, got {given!r}") from None
+    seed = request["seed"]
     return None if seed < 0 else seed
 
 

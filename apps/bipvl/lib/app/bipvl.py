@@ -18,6 +18,7 @@ from lib.app.web.access.options import CONF_KEYS
 from lib.app.web.common import known_image
 from lib.app.web.install import install
 from lib.app.web.sessions import Sessions
+from lib.files import FINAL, ORIGINAL
 from lib.infers import BatchInfer, BiPVLInfer
 from lib.model.allocator import keep_freed_memory
 from lib.model.checkpoints import CheckpointError
@@ -28,7 +29,7 @@ from lib.scoring.methods import SERVER
 from lib.scoring.turns import Turns
 from lib.stores.dicom.store import DicomStore
 from lib.stores.interface import Store
-from lib.stores.labelfolder import FINAL, UNCERTAINTY
+from lib.stores.labelfolder import UNCERTAINTY
 from lib.stores.local import LocalStore
 from lib.tasks import Task, TaskError, load_task
 from lib.trainers import BiPVLTrain
@@ -192,7 +193,7 @@ class BiPVLApp(MONAILabelApp):
             store.propose(image, request["model"], params["model_version"], mask)
             if request.get("save_label"):
                 info = {"model": request["model"], "params": params}
-                store.save_label(image, result["file"], request.get("label_tag") or "original", info)
+                store.save_label(image, result["file"], request.get("label_tag") or ORIGINAL, info)
             if file := params.get("uncertainty_map"):
                 params["uncertainty_map"] = self._keep_map(store, image, request["model"], params, file)
         except BaseException:  # nobody learns where they are
@@ -229,9 +230,8 @@ class BiPVLApp(MONAILabelApp):
         except CheckpointError:
             raise  # says itself whose fault it is
         except ValueError as error:
-            logger.exception("Inference refused")
             raise HTTPException(400, str(error)) from error
-        return {"label": file, "file": file, "tag": "original", "params": params}
+        return {"label": file, "file": file, "tag": ORIGINAL, "params": params}
 
 
 def _check_keys(conf: dict[str, str]) -> None:

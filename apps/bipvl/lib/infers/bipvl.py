@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from lib.infers.models import Loaded, Models
-from lib.infers.options import Options
+from lib.infers.options import Options, infer_options
 from lib.infers.segmentation import Segmentation, label_info
 from lib.model.nets import BiPVLSeg
 from lib.model.versions import Versions
+from lib.options import OptionTable
 from lib.tasks import Task, TaskError
 from lib.tasks.revisions import newest_text
 from lib.upstream import InferInterface, InferType, device_list, name_to_device
@@ -27,16 +28,7 @@ class BiPVLInfer(InferInterface):
         self.task = task
         self.versions = Versions(model_dir)
         self.models = Models(task, self.versions)
-        self.defaults = {
-            "overlap": task.overlap,
-            "tta": False,
-            "largest_component": False,
-            "uncertainty_map": False,
-            "label_subset": "",
-            "concepts": "",
-        }
-        description = f"BiPVL-Seg: {task.description}"
-        super().__init__(InferType.SEGMENTATION, task.label_values, 3, description, self.defaults)
+        super().__init__(InferType.SEGMENTATION, task.label_values, 3, f"BiPVL-Seg: {task.description}")
 
     # What clients see ---------------------------------------------------------------------------------------------
 
@@ -52,9 +44,13 @@ class BiPVLInfer(InferInterface):
         return self.models.served()
 
     def config(self) -> dict[str, Any]:
-        """Options with their defaults; of a list the first entry is the default, the others are the choices."""
-        published = [str(n) for n in reversed(self.versions.numbers())]
-        return {**self.defaults, "device": device_list(), "model_version": ["served", *published]}
+        """Options as clients show them."""
+        return self.options.offer()
+
+    @property
+    def options(self) -> OptionTable:
+        """What a request may ask for, with the versions that there are now."""
+        return infer_options(self.task, self.versions)
 
     def info(self) -> dict[str, Any]:
         return {
@@ -73,9 +69,8 @@ class BiPVLInfer(InferInterface):
             ValueError: an option or an image that cannot be used; the message says what and what is valid.
             CheckpointError: the version asked for is damaged, or no published version is whole.
         """
-        chosen = {k: v[0] if isinstance(v, list) and v and k != "label_subset" else v for k, v in request.items()}
-        chosen.setdefault("device", device_list()[0])
-        options = Options.from_request(chosen, self.task, self.versions)
+        chosen = {"device": device_list()[0], **self.options.read(request)}
+        options = Options.of(chosen, self.task)
         device = name_to_device(chosen["device"])
         loaded = self.models.get(options.version, device)
         task = loaded.task
@@ -90,7 +85,7 @@ class BiPVLInfer(InferInterface):
         if task.model.head == "text" and task.training.drop_classes > 0:
             task = task.only(options.classes)
         warnings = [*loaded.warnings, *self._other_text(loaded)]
-        return Segmentation(options, loaded, task, self.task, warnings)({**self.defaults, **chosen}, callbacks)
+        return Segmentation(options, loaded, task, self.task, warnings)(chosen, callbacks)
 
     def _other_text(self, loaded: Loaded) -> list[str]:
         """A warning where the next round will read other sentences than this version does."""

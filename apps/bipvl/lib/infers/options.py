@@ -1,21 +1,153 @@
-"""The options of an inference request, checked."""
+"""The options of an inference request, of one image and of many: the tables, and what one request asks for."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lib.files import ORIGINAL
 from lib.model.versions import Versions
+from lib.options import GPUS, Choice, Device, Number, Option, OptionTable, Switch, Text
 from lib.tasks import Task, meant
-from lib.upstream import strtobool
+from lib.upstream import device_list
+
+SERVED = "served"
+RESULT_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".seg.nrrd", ".mha")
+
+
+@dataclass(frozen=True)
+class _Version(Option):
+    """A published version, or the served one."""
+
+    published: Versions | None = None
+
+    @property
+    def offer(self) -> list[str]:
+        numbers = self.published.numbers() if self.published else []
+        return [SERVED, *(str(number) for number in reversed(numbers))]
+
+    @property
+    def valid(self) -> str:
+        return f"{SERVED}, or a number"
+
+    def convert(self, value: Any) -> str | int | None:
+        assert self.published is not None
+        return SERVED if value == SERVED else self.published.resolve(value)
+
+
+@dataclass(frozen=True)
+class _Labels(Option):
+    """Names of labels, as a list or separated by commas."""
+
+    labels: tuple[str, ...] = ()
+
+    @property
+    def valid(self) -> str:
+        return "names of labels, separated by commas"
+
+    def read(self, value: Any) -> list[str] | None:
+        if not isinstance(value, (str, list, tuple, type(None))):
+            raise ValueError(f"{self.name}: expected names of labels, got {value!r}")
+        names = value.split(",") if isinstance(value, str) else list(value or [])
+        names = [str(name).strip() for name in names if str(name).strip()]
+        known = []
+        for name in names:
+            if not (label := meant(name, self.labels)):
+                raise ValueError(f"{self.name}: unknown label {name!r}; valid are {', '.join(self.labels)}")
+            known.append(label)
+        return known or None
+
+
+@dataclass(frozen=True)
+class _Sentences(Option):
+    """Sentences for one request, as an object or as its JSON."""
+
+    @property
+    def valid(self) -> str:
+        return "class → attribute → sentence, as JSON"
+
+    def convert(self, value: Any) -> dict[str, Any] | None:
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{self.name}: not valid JSON: {error}") from None
+        if not isinstance(value, dict):
+            raise ValueError(f"{self.name}: expected {self.valid}, got {type(value).__name__}")
+        return value or None
+
+
+@dataclass(frozen=True)
+class _Entries(Option):
+    """A list of objects."""
+
+    @property
+    def valid(self) -> str:
+        return "list of objects"
+
+    def read(self, value: Any) -> list[dict[str, Any]] | None:
+        if value is not None and not (isinstance(value, list) and all(isinstance(entry, dict) for entry in value)):
+            raise ValueError(f"{self.name}: expected a list of objects")
+        return value
+
+
+def infer_options(task: Task, published: Versions | None) -> OptionTable:
+    """The table of `POST /infer/<task>`.
+
+    Args:
+        published: the task's versions; None: the table only describes.
+    """
+    return OptionTable(
+        Device("device", device_list()[0], "where to run", said="the first GPU, else the CPU"),
+        _Version("model_version", SERVED, "an older version, to compare with", published=published),
+        Number(
+            "overlap",
+            task.overlap,
+            "share of a window that its neighbours share; less is faster",
+            said="the task's",
+            low=0,
+            below=1,
+        ),
+        Switch("tta", False, "average over the flips that the task was trained with"),
+        _Labels("label_subset", "", "the other labels become background", said="all", labels=tuple(task.labels)),
+        Switch("largest_component", False, "keep only the largest piece of each label"),
+        Switch("uncertainty_map", False, "also keep the entropy of each voxel as a volume"),
+        _Sentences("concepts", "", "other sentences for this request", said="the version's"),
+        # Of the answer; 3D Slicer and OHIF set them by themselves.
+        Choice(
+            "result_extension",
+            RESULT_SUFFIXES[0],
+            "format of the mask",
+            said="`.nii` for a `.nii`, else `.nii.gz`",
+            shown=False,
+            choices=RESULT_SUFFIXES,
+        ),
+        Switch("result_compress", False, "of no effect; 3D Slicer sends it", shown=False),
+        Switch("save_label", False, "keep the mask as a label of the image", shown=False),
+        Text("label_tag", ORIGINAL, "the tag of that label", shown=False),
+        _Entries("label_info", None, "of no effect; 3D Slicer sends it", said="none", shown=False),
+    )
+
+
+def batch_options(infer: OptionTable) -> OptionTable:
+    """The table of `POST /batch/infer/<task>`: that of one image, and how the work is shared out."""
+    return OptionTable(
+        *(option for option in infer.values() if option.shown or option.name == "label_tag"),
+        Switch("multi_gpu", True, "use several GPUs, where there are"),
+        GPUS,
+        Number("max_workers", 1, "images at a time; 0: a quarter of the cores", low=0),
+        Number("max_batch_size", 0, "at most so many images; 0: all", low=0),
+    )
 
 
 @dataclass
 class Options:
-    """What one request asks for, checked. `from_request` reads the option table that clients show.
+    """What one request asks for, checked.
 
     version: the one asked for, None for the served one.
+    overlap: None for that of the version's task.
     """
 
     version: int | None
@@ -27,44 +159,15 @@ class Options:
     concepts: dict[str, Any]
 
     @classmethod
-    def from_request(cls, request: dict[str, Any], task: Task, published: Versions) -> Options:
-        """Raises ValueError for an unknown version or label, or a value that cannot be read."""
-        overlap = request.get("overlap")
-        try:
-            overlap = None if overlap in (None, "") else float(overlap)
-        except (TypeError, ValueError):
-            raise ValueError(f"overlap: expected a number from 0 to below 1, got {request['overlap']!r}") from None
-        wanted, concepts = request.get("model_version"), request.get("concepts") or {}
-        if isinstance(concepts, str):
-            try:
-                concepts = json.loads(concepts)
-            except ValueError as error:
-                raise ValueError(f"concepts: not valid JSON: {error}") from None
+    def of(cls, read: Mapping[str, Any], task: Task) -> Options:
+        """From what a table has read of a request."""
+        version = read.get("model_version", SERVED)
         return cls(
-            version=None if wanted in (None, "", "served") else published.resolve(wanted),
-            overlap=overlap,
-            tta=_boolean(request, "tta"),
-            classes=_names(request.get("label_subset"), task),
-            largest_component=_boolean(request, "largest_component"),
-            uncertainty_map=_boolean(request, "uncertainty_map"),
-            concepts=concepts,
+            version=None if version == SERVED else version,
+            overlap=read.get("overlap"),
+            tta=read.get("tta", False),
+            classes=tuple(read.get("label_subset", task.labels)),
+            largest_component=read.get("largest_component", False),
+            uncertainty_map=read.get("uncertainty_map", False),
+            concepts=read.get("concepts", {}),
         )
-
-
-def _boolean(request: dict[str, Any], key: str) -> bool:
-    value = request.get(key)
-    try:
-        return value not in (None, "") and bool(strtobool(str(value)))
-    except ValueError:
-        raise ValueError(f"{key}: expected true or false, got {value!r}") from None
-
-
-def _names(wanted: Any, task: Task) -> tuple[str, ...]:
-    """Label names from a list or a comma-separated string; nothing means all."""
-    names = wanted.split(",") if isinstance(wanted, str) else list(wanted or [])
-    names = [str(n).strip() for n in names if str(n).strip()]
-    known = [meant(name, task.labels) for name in names]
-    if None in known:
-        unknown = names[known.index(None)]
-        raise ValueError(f"label_subset: unknown label {unknown!r}; valid are {', '.join(task.labels)}")
-    return tuple(name for name in known if name) or tuple(task.labels)

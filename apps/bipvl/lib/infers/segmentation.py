@@ -12,8 +12,9 @@ from lib.infers.explain.agreement import own_fit
 from lib.infers.models import Loaded
 from lib.infers.options import Options
 from lib.model.predict import Prediction, predict
+from lib.options import boolean
 from lib.tasks import ATTRIBUTES, Task
-from lib.upstream import InferTask, InferType, strtobool, write_itk
+from lib.upstream import InferTask, InferType, write_itk
 from lib.volumes import masks
 from lib.volumes.transforms import largest_components, load, restore, restore_map
 
@@ -118,13 +119,13 @@ class Segmentation(InferTask):
                 path = files.enter_context(temporary_file(".nii.gz"))
                 masks.write_mask(path, percent, affine, source, {})
                 data["result"]["uncertainty_map"] = str(path)
-            if not strtobool(str(data.get("result_write_to_file", True))):
+            if not boolean("result_write_to_file", data.get("result_write_to_file", True)):
                 return mask, data["result"]
             path = files.enter_context(temporary_file(suffix))
             if suffix in masks.SUFFIXES:
                 masks.write_mask(path, mask, affine, source, self.served.labels)
             else:  # MetaImage
-                write_itk(mask, str(path), affine, mask.dtype, strtobool(str(data.get("result_compress", False))))
+                write_itk(mask, str(path), affine, mask.dtype, bool(data.get("result_compress")))
         return str(path), data["result"]
 
 

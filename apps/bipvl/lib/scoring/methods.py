@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from lib.files import now, write_json
+from lib.files import FINAL, ORIGINAL, now, write_json
 from lib.infers import BiPVLInfer
 from lib.infers.segmentation import GPU_WINDOWS
 from lib.model.checkpoints import CheckpointError
+from lib.options import Choice, OptionTable, Text
 from lib.scoring import cache
 from lib.scoring.forward import score_case
 from lib.scoring.turns import Turns
@@ -33,7 +34,7 @@ from lib.volumes.transforms import apply, load
 
 logger = logging.getLogger(__name__)
 
-FINAL, ORIGINAL = "final", "original"
+ALL = "all"  # models
 SERVER = "BIPVL_SERVER"  # the environment variable from which a scoring process knows the server that started it
 
 
@@ -57,13 +58,14 @@ class CaseScoring(ScoringMethod):
 
     def __init__(self, quantity: str, infers: Mapping[str, BiPVLInfer], folder: Path, limit: int) -> None:
         super().__init__(f"{quantity.capitalize()} of every case by the served version, kept for Next Sample")
+        self.options = case_options(infers)
         self.quantity, self.infers, self.limit = quantity, infers, limit
         self.progress = folder / "scoring.json"
         self.lock = folder / "scoring.lock"
         self.turns = Turns(folder / "requests.lock")
 
     def info(self) -> dict[str, Any]:
-        return {**super().info(), "config": {"model": ["all", *self.infers]}, "progress": read_progress(self.progress)}
+        return {**super().info(), "config": self.options.offer(), "progress": read_progress(self.progress)}
 
     def missing(self, datastore: Any, model: str) -> list[str]:
         """The cases that the served version of a model has not scored, in order; none where nothing is published."""
@@ -88,14 +90,11 @@ class CaseScoring(ScoringMethod):
         Raises:
             ValueError: an unknown model.
         """
-        wanted = request.get("model") or "all"
-        wanted = wanted[0] if isinstance(wanted, list) else wanted
-        if wanted != "all" and wanted not in self.infers:
-            raise ValueError(f"model: unknown model {wanted!r}; valid are all, {', '.join(self.infers)}")
+        wanted = self.options.full(request)["model"]
         self.lock.parent.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self.lock, timeout=0):
-                return {name: self._fill(name, datastore) for name in self.infers if wanted in ("all", name)}
+                return {name: self._fill(name, datastore) for name in self.infers if wanted in (ALL, name)}
         except Timeout:
             logger.info("Another process is scoring already")
             return {}
@@ -164,10 +163,11 @@ class DiceScoring(ScoringMethod):
 
     def __init__(self, tasks: Mapping[str, Task]) -> None:
         super().__init__("Dice of each class between the final label and the model's stored mask (tag original)")
+        self.options = dice_options(tasks)
         self.tasks = tasks
 
     def info(self) -> dict[str, Any]:
-        return {**super().info(), "config": {"model": list(self.tasks), "y": FINAL, "y_pred": ORIGINAL}}
+        return {**super().info(), "config": self.options.offer()}
 
     def __call__(self, request: dict[str, Any], datastore: Any) -> dict[str, dict[str, float]]:
         """Image → class → Dice, also kept in each image's info under `dice` (the mean) and `dice_of_classes`.
@@ -175,11 +175,8 @@ class DiceScoring(ScoringMethod):
         Raises:
             ValueError: an unknown model.
         """
-        name = request.get("model") or next(iter(self.tasks))
-        name = name[0] if isinstance(name, list) else name
-        if name not in self.tasks:
-            raise ValueError(f"model: unknown model {name!r}; valid are {', '.join(self.tasks)}")
-        tags = request.get("y") or FINAL, request.get("y_pred") or ORIGINAL
+        asked = self.options.full(request)
+        name, tags = asked["model"], (asked["y"], asked["y_pred"])
         result = {}
         for case, labels in _labelled(datastore, *tags):
             try:
@@ -193,6 +190,21 @@ class DiceScoring(ScoringMethod):
                 logger.info("Dice of %s: %s", case, mean)
                 result[case] = scores
         return result
+
+
+def case_options(models: Iterable[str]) -> OptionTable:
+    """The table of `POST /scoring/entropy` and `POST /scoring/alignment`."""
+    return OptionTable(Choice("model", ALL, "whose version scores", choices=(ALL, *models), what="model"))
+
+
+def dice_options(models: Iterable[str]) -> OptionTable:
+    """The table of `POST /scoring/dice`."""
+    names = tuple(models)
+    return OptionTable(
+        Choice("model", names[0], "whose classes count", "the first task", choices=names, what="model"),
+        Text("y", FINAL, "the tag of the labels that are right"),
+        Text("y_pred", ORIGINAL, "the tag of the masks that are scored"),
+    )
 
 
 def read_progress(path: Path) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ from typing import Any, TypedDict
 from rich.console import Console
 from rich.table import Table
 
+from lib.files import FINAL
 from lib.stores.document import Infos
 from lib.tasks import Task, folded
 from lib.volumes.folders import SUFFIXES, image_id, newest, usable, volumes, why_empty
@@ -25,7 +26,7 @@ from lib.volumes.reading import align_label, check_grid, check_image, encode, re
 
 logger = logging.getLogger(__name__)
 
-LABELS_FOLDER = Path("labels") / "final"
+LABELS_FOLDER = Path("labels") / FINAL
 
 
 class _Declared(TypedDict, total=False):

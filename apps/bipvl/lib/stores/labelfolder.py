@@ -25,7 +25,7 @@ from lib.volumes.folders import counted, newest, usable, volumes
 
 logger = logging.getLogger(__name__)
 
-FINAL, UNCERTAINTY = "final", "uncertainty"
+UNCERTAINTY = "uncertainty"  # the tag of maps
 READ_ONLY_ERRORS = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 

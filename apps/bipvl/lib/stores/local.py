@@ -15,13 +15,14 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lib.files import FINAL
 from lib.stores.cases import declared, make_case
 from lib.stores.document import Record, digest, stage_copy, sync_folder
 from lib.stores.errors import ConflictError, NotInStoreError, ReadOnlyError, StoreError
 from lib.stores.export import zip_cases
 from lib.stores.interface import Store
 from lib.stores.labelfiles import check_new_id, check_tag, facts, files_of
-from lib.stores.labelfolder import FINAL, LabelFolder, refuse_change, refused
+from lib.stores.labelfolder import LabelFolder, refuse_change, refused
 from lib.stores.renaming import Renaming, planned, rename_class
 from lib.stores.uploads.checks import check_image_file, check_label_file, plain, same_volume, suffix_of
 from lib.stores.uploads.numbering import check_trainable, renumber

@@ -22,6 +22,7 @@ from lib.tasks.loading import (
 from lib.tasks.names import check_names, folded, meant
 from lib.tasks.schema import (
     AXES,
+    UNJUDGED,
     VISION_BACKBONES,
     Augmentation,
     Axis,
@@ -33,6 +34,7 @@ from lib.tasks.schema import (
     Snomed,
     Task,
     Training,
+    Unjudged,
 )
 
 __all__ = [
@@ -55,6 +57,8 @@ __all__ = [
     "Task",
     "TaskError",
     "Training",
+    "UNJUDGED",
+    "Unjudged",
     "VISION_BACKBONES",
     "check_names",
     "concepts_file",

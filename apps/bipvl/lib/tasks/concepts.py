@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from datetime import date
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 ATTRIBUTES = ("class", "shape", "location", "appearance", "contour", "texture")
-TEXT_FORMATS = ("concepts", "ambiguous", "definition", "name")
+TextFormat = Literal["concepts", "ambiguous", "definition", "name"]
+TEXT_FORMATS: tuple[TextFormat, ...] = get_args(TextFormat)
 
 
 class TaskError(ValueError):

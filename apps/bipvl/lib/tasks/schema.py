@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from lib.tasks.concepts import ATTRIBUTES, Concepts, StrictModel, TaskError
+from lib.tasks.concepts import ATTRIBUTES, Concepts, StrictModel, TaskError, TextFormat
 from lib.tasks.names import check_names, meant
 from lib.tasks.wording import markup
 
-VISION_BACKBONES = ("swin_unetr", "swin_unetr_v2", "unetr", "unet", "unetpp")
+Backbone = Literal["swin_unetr", "swin_unetr_v2", "unetr", "unet", "unetpp"]
+VISION_BACKBONES: tuple[Backbone, ...] = get_args(Backbone)
+Unjudged = Literal["keep", "publish"]  # what becomes of a version that cannot be compared with the served one
+UNJUDGED: tuple[Unjudged, ...] = get_args(Unjudged)
 
 Axis = Literal["left-right", "posterior-anterior", "inferior-superior"]
 AXES: tuple[Axis, ...] = ("left-right", "posterior-anterior", "inferior-superior")  # the axes of a RAS volume
@@ -83,11 +86,11 @@ class ScratchText(StrictModel):
 class ModelSpec(StrictModel):
     """The network. `text` is a hub name, a local folder, or `scratch`."""
 
-    vision: Literal["swin_unetr", "swin_unetr_v2", "unetr", "unet", "unetpp"] = "swin_unetr"
+    vision: Backbone = "swin_unetr"
     feature_size: Annotated[int, Field(ge=4)] = 48
     swin_heads: Annotated[int, Field(ge=1)] = 3  # of stage 1, doubled each stage; small models are faster with 1
     text: str = "emilyalsentzer/Bio_ClinicalBERT"
-    text_format: Literal["concepts", "ambiguous", "definition", "name"] = "concepts"
+    text_format: TextFormat = "concepts"
     scratch: ScratchText = ScratchText()
     fusion: Literal["bifusion", "late", "identity"] = "bifusion"  # late: at the last stage only
     fusion_attention: Literal["windowed", "full"] = "windowed"
@@ -134,7 +137,7 @@ class Training(StrictModel):
     local_weight: Annotated[float, Field(ge=0)] = 1.0
     gate_margin: Annotated[float, Field(ge=0, le=1)] = 0.02  # how much Dice one class may lose in a round
     gate_min_cases: Annotated[int, Field(ge=1)] = 1
-    gate_unjudged: Literal["keep", "publish"] = "keep"  # a version that cannot be compared with the served one
+    gate_unjudged: Unjudged = "keep"
     cross_validate: bool = True  # while there are too few cases to set one aside
 
 

@@ -13,6 +13,7 @@ from lib.model.versions import Versions
 from lib.tasks import Task
 from lib.tasks.revisions import newest_text
 from lib.trainers import rounds
+from lib.trainers.options import train_options
 from lib.trainers.roundtask import STATS, RoundTask
 from lib.upstream import Datastore, TrainInterface
 
@@ -34,11 +35,11 @@ class BiPVLTrain(TrainInterface):
         self.task = task
         self.folder = model_dir
         self.versions = Versions(model_dir)
-        self.defaults = RoundTask(task, model_dir).config()
+        self.options = train_options(task, f"sqlite:///{model_dir / 'mlflow.db'}")
 
     def config(self) -> dict[str, Any]:
-        """Options with their defaults; of a list the first entry is the default, the others are the choices."""
-        return self.defaults
+        """Options as clients show them."""
+        return self.options.offer()
 
     def info(self) -> dict[str, Any]:
         return {**super().info(), "labels": self.task.label_values}
@@ -81,6 +82,4 @@ class BiPVLTrain(TrainInterface):
         Raises:
             ValueError: naming the option and what is valid.
         """
-        # A client may send back an option's whole list of choices: its first entry is meant.
-        chosen = {k: v[0] if isinstance(v, list) and v else v for k, v in {**self.config(), **request}.items()}
-        return rounds.checked(chosen)
+        return self.options.full(request)

@@ -7,6 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lib.tasks import Unjudged
+
 TOLERANCE = 1e-6  # equal models may differ in the last digits of a float32 mean
 
 # Case id to class name to Dice. A case lacks the classes that its label was not annotated for.
@@ -82,7 +84,7 @@ def decide(
     *,
     margin: float = 0.02,
     min_cases: int = 1,
-    unjudged: str = "keep",
+    unjudged: Unjudged = "keep",
     shown: Mapping[str, Collection[str]] | None = None,
 ) -> Decision:
     """Compare a candidate with the served model on the cases that both were scored on.
@@ -96,7 +98,7 @@ def decide(
         classes: all classes, in the order of the table.
         margin: how much Dice one class may lose.
         min_cases: with fewer cases in common the two cannot be judged.
-        unjudged: "keep" or "publish" what cannot be judged.
+        unjudged: what becomes of a version that cannot be judged.
         shown: for each case the classes that its label shows; a class that no label shows is not judged, because only
             false alarms would count. None: all scored classes are shown.
     """

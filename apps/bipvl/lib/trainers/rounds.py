@@ -1,11 +1,10 @@
-"""What a round remembers: its options, checked; the state it can be resumed from; and that no other runs beside it."""
+"""What a round remembers: the state it can be resumed from; and that no other runs beside it."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,31 +21,15 @@ from lib.files import clear_unfinished, now, write_json
 from lib.model.checkpoints import DamagedCheckpoint, load_tensors, save
 from lib.model.reports.page import Examined
 from lib.tasks import Task
-from lib.tasks.revisions import FOLDER
 from lib.trainers.objective import unwrapped
-from lib.upstream import Context, strtobool
+from lib.trainers.options import is_round
+from lib.upstream import Context
 
 # A round is resumed only with the same values: another would make the rest of it another round.
 MATCHING = (
     *("max_epochs", "train_batch_size", "patches_per_case", "learning_rate", "val_interval", "val_split"),
     *("pretrained", "seed", "early_stop_patience", "cross_validate"),
 )
-NUMBERS = (
-    ("max_epochs", int, 1),
-    ("train_batch_size", int, 1),
-    ("val_batch_size", int, 1),
-    ("patches_per_case", int, 1),
-    ("val_interval", int, 1),
-    ("learning_rate", float, 1e-12),
-    ("val_split", float, 0),
-    ("seed", int, 0),
-    ("early_stop_patience", int, -1),
-    ("gate_margin", float, 0),
-    ("gate_min_cases", int, 1),
-)
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")  # without dots none is that of a version or another file
-RESERVED = (FOLDER,)
-UNJUDGED = ("keep", "publish")
 LAST, BEST = "last.pt", "best.pt"  # in the folder of the run: where it was stopped, and its best epoch so far
 
 
@@ -93,40 +76,6 @@ class Round:
     saved: dict[str, Any] | None = None
 
 
-def checked(request: dict[str, Any]) -> dict[str, Any]:
-    """Numbers and switches that arrive as text become what they mean; values that cannot work are refused by name.
-
-    Raises:
-        ValueError: naming the option and what is valid.
-    """
-    for key, kind, low in NUMBERS:
-        try:
-            request[key] = kind(request[key])
-        except (TypeError, ValueError):
-            raise ValueError(f"{key}: expected a number, got {request[key]!r}") from None
-        if not request[key] >= low:
-            raise ValueError(f"{key}: {request[key]} is too small; the least is {low}")
-    if request["val_split"] >= 1:
-        raise ValueError(f"val_split {request['val_split']}: valid is 0 up to, but not including, 1")
-    for key in ("pretrained", "resume", "cross_validate"):
-        try:
-            request[key] = bool(strtobool(request[key]))
-        except ValueError:
-            raise ValueError(f"{key}: expected true or false, got {request[key]!r}") from None
-    check_name(request["name"])
-    if request["gate_unjudged"] not in UNJUDGED:
-        raise ValueError(f"gate_unjudged: {request['gate_unjudged']!r}; valid are {', '.join(UNJUDGED)}")
-    return request
-
-
-def check_name(name: Any) -> None:
-    """Raises ValueError for a name that cannot be a round's folder beside the task's versions."""
-    if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise ValueError(f"name: {name!r}; valid are up to 64 letters, digits, dashes and underscores")
-    if name.lower() in RESERVED:
-        raise ValueError(f"name: {name!r} is the folder of something else; choose another")
-
-
 @contextlib.contextmanager
 def only_round(model_dir: Path, task: str) -> Iterator[None]:
     """Hold the lock of a task's rounds. The kernel releases it when the process ends, however it ends.
@@ -161,7 +110,7 @@ def _clear(model_dir: Path) -> None:
     for pattern in ("v*.html", "split.json", "train_stats.json"):
         clear_unfinished(model_dir, pattern)
     for run in model_dir.iterdir():
-        if run.is_dir() and NAME.fullmatch(run.name) and run.name.lower() not in RESERVED:
+        if run.is_dir() and is_round(run.name):
             clear_unfinished(run, "*.pt")
             clear_unfinished(run, "*.json")
             for cache in run.glob("cache_*"):  # of preprocessed cases; a round removes its own unless it is killed

@@ -60,30 +60,12 @@ class RoundTask(TrainTask):
         self.task = task
         self.folder = model_dir
         self.versions = Versions(model_dir)
-        recipe = task.training
         super().__init__(
             str(model_dir),
             f"Train BiPVL-Seg on {task.description}",
-            find_unused_parameters=recipe.text_interval > 1,
-            config={
-                "name": "train",
-                "max_epochs": recipe.epochs,
-                "train_batch_size": recipe.batch_size,
-                "patches_per_case": recipe.patches_per_case,
-                "learning_rate": recipe.learning_rate,
-                "val_interval": recipe.val_interval,
-                "dataset": ["CacheDataset", "PersistentDataset", "Dataset"],
-                "seed": 0,
-                "gate_margin": recipe.gate_margin,
-                "gate_min_cases": recipe.gate_min_cases,
-                # The first entry is the default.
-                "gate_unjudged": sorted(rounds.UNJUDGED, key=lambda choice: choice != recipe.gate_unjudged),
-                "cross_validate": recipe.cross_validate,
-                "resume": False,
-            },
+            find_unused_parameters=task.training.text_interval > 1,
             labels=task.label_values,
             stats_path=str(model_dir / STATS),
-            tracking_uri=f"sqlite:///{model_dir / 'mlflow.db'}",
         )
 
     # What MONAI Label calls, in its order ------------------------------------------------------------------------

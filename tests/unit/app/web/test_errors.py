@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from filelock import Timeout
 
-from lib.app.web.common import handle_errors
+from lib.app.web.answers import Places, handle_errors
 from lib.stores.errors import BusyError
 
 
@@ -25,7 +25,7 @@ from lib.stores.errors import BusyError
 )
 def test_an_error_has_its_status(error: Exception, status: int, text: str) -> None:
     api = FastAPI()
-    handle_errors(api)
+    handle_errors(api, Places([], "/t"))
 
     @api.get("/")
     def fails() -> None:

@@ -25,7 +25,7 @@ from lib.model.reports.version_chart import version_chart
 from lib.model.shipped import start_from_shipped
 from lib.model.versions import Versions
 from lib.stores.cases import Case, read_datalist
-from lib.tasks import CONCEPTS_DIR, TASKS_DIR, Task, list_tasks, load_task
+from lib.tasks import CONCEPTS_DIR, TASKS_DIR, UNJUDGED, Task, list_tasks, load_task
 from lib.trainers import BiPVLTrain
 from lib.volumes import metrics
 from lib.volumes.phantoms.studies import write_studies
@@ -58,7 +58,7 @@ def train(
     tracking: Annotated[str, typer.Option(help="mlflow or None")] = "mlflow",
     gate_margin: Annotated[float | None, typer.Option(help="how much Dice one class may lose")] = None,
     gate_min_cases: Annotated[int | None, typer.Option(help="with fewer cases the model cannot be judged")] = None,
-    gate_unjudged: Annotated[str | None, typer.Option(help="what cannot be judged: keep or publish")] = None,
+    gate_unjudged: Annotated[str | None, typer.Option(help=f"what cannot be judged: {' or '.join(UNJUDGED)}")] = None,
     cross_validate: Annotated[bool | None, typer.Option(help="with fewer than five cases; default: the task's")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the round that was stopped")] = False,
     device: DeviceOption = None,

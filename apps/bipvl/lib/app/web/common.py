@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 from collections.abc import Mapping
@@ -11,38 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from fastapi import FastAPI, HTTPException, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from filelock import Timeout
+from fastapi import HTTPException, Request
 from pydantic import BaseModel
-from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from lib.app.web.access.accounts import User
-from lib.app.web.access.auth import Authenticator, Refusal
+from lib.app.web.access.auth import Authenticator
 from lib.app.web.access.guard import LOCAL_USER, USER
 from lib.app.web.access.options import WebOptions
+from lib.app.web.answers import Places
 from lib.app.web.sessions import Sessions
 from lib.infers import BatchInfer, BiPVLInfer
-from lib.model.checkpoints import CheckpointError
 from lib.scoring.background import Background
 from lib.stores.interface import Store
 from lib.trainers import BiPVLTrain
-from lib.upstream import (
-    ImageNotFoundException,
-    LabelNotFoundException,
-    MONAILabelException,
-    ScoringMethod,
-    Strategy,
-)
+from lib.upstream import ScoringMethod, Strategy
 
 logger = logging.getLogger(__name__)
 Entry = TypeVar("Entry")
-
-MODEL_UNREADABLE = (
-    "a model file on the server cannot be used. Nothing that you sent is wrong: the server's log says which file and "
-    "why, and whoever runs it has to restore the file or serve another version"
-)
 
 
 class Problem(BaseModel):
@@ -79,6 +63,8 @@ class LabelApp(Protocol):
     name: str
     description: str
     version: str
+    app_dir: str
+    model_dir: Path
     studies: str
     conf: dict[str, str]
     background: Background | None
@@ -104,13 +90,15 @@ class LabelApp(Protocol):
 
 @dataclass
 class Services:
-    """What routes work with. `infers` runs inference, so that nothing else waits for it."""
+    """What routes work with. `infers` runs inference, so that nothing else waits for it; `places` keeps the server's
+    folders out of what people read."""
 
     app: LabelApp
     options: WebOptions
     auth: Authenticator | None
     sessions: Sessions | None
     infers: ThreadPoolExecutor
+    places: Places
 
 
 def current_user(request: Request) -> User:
@@ -169,57 +157,3 @@ def checked(data: Any, what: str = "params") -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise HTTPException(400, f"{what}: NaN, infinity, broken Unicode or too deep: {error}") from error
     return data
-
-
-def handle_errors(api: FastAPI) -> None:
-    """Turn what a user can cause into a 4xx with a sentence, and a full disk into 507."""
-
-    @api.exception_handler(StarletteHTTPException)
-    async def refused(_: Request, error: StarletteHTTPException) -> JSONResponse:
-        if isinstance(error.__cause__, OSError):  # a full disk while an upload was received
-            return _storage(error.__cause__)
-        return _answer(error.status_code, str(error.detail), error.headers)
-
-    @api.exception_handler(Refusal)
-    async def not_let_in(_: Request, error: Refusal) -> JSONResponse:
-        return _answer(error.status, error.message, error.headers)
-
-    @api.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        found = [f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors()]
-        return _answer(422, "; ".join(found)[:2000])
-
-    @api.exception_handler(ValueError)
-    async def unusable(_: Request, error: ValueError) -> JSONResponse:
-        status = getattr(error, "status", None)  # who raises with one has meant an answer; others may be mistakes
-        if isinstance(error, CheckpointError) and error.status == 500:
-            logger.error("%s", error)
-            return _answer(500, MODEL_UNREADABLE)
-        logger.info("Refused: %s", error, exc_info=status is None)
-        return _answer(status or 400, str(error))
-
-    @api.exception_handler(MONAILabelException)
-    async def stock(_: Request, error: MONAILabelException) -> JSONResponse:
-        missing = isinstance(error, (ImageNotFoundException, LabelNotFoundException))
-        return _answer(404 if missing else 400, str(error.msg))
-
-    @api.exception_handler(OSError)
-    async def storage(_: Request, error: OSError) -> JSONResponse:
-        return _storage(error)
-
-
-def _storage(error: OSError) -> JSONResponse:
-    if isinstance(error, Timeout):  # of a lock among processes
-        logger.warning("%s has been held by another program for too long", error.lock_file)
-        return _answer(503, "another program has been at work on the same files for too long; try again later")
-    logger.error("Storage: %s", error, exc_info=error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return _answer(507, "the server's disk is full; nothing was changed. Whoever runs it has to make room")
-    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return _answer(403, "the server may not write there; nothing was changed")
-    return _answer(500, "the server could not read or write a file; its log says more")
-
-
-def _answer(status: int, text: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    text = text.encode("utf-8", "replace").decode()
-    return JSONResponse({"detail": text}, status, dict(headers or {}))

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
@@ -19,7 +20,8 @@ from lib.app.web.access.accounts import Accounts, OwnAccounts, RealmAccounts
 from lib.app.web.access.auth import Authenticator
 from lib.app.web.access.guard import Guard
 from lib.app.web.access.options import OptionError, WebOptions
-from lib.app.web.common import LabelApp, Services, handle_errors
+from lib.app.web.answers import Places, handle_errors
+from lib.app.web.common import LabelApp, Services
 from lib.app.web.routes.agreement import agreement_routes
 from lib.app.web.routes.concepts import concept_routes
 from lib.app.web.routes.data import datastore_routes, session_routes
@@ -29,6 +31,7 @@ from lib.app.web.routes.models import task_routes
 from lib.app.web.routes.reports import report_routes
 from lib.app.web.routes.start import page_routes
 from lib.app.web.uploads import TemporaryFolder
+from lib.tasks import CONCEPTS_DIR, TASKS_DIR
 from lib.upstream import at_shutdown, log_handlers, replace_application, settings, stock_application
 
 logger = logging.getLogger(__name__)
@@ -58,7 +61,8 @@ def install(app: LabelApp) -> None:
     temporary = TemporaryFolder()
     at_shutdown(temporary.remove)
     workers = max(1, settings.MONAI_LABEL_INFER_CONCURRENCY)
-    services = Services(app, options, auth, app.sessions(), ThreadPoolExecutor(workers, "infer"))
+    places = places_of(app, temporary.path)
+    services = Services(app, options, auth, app.sessions(), ThreadPoolExecutor(workers, "infer"), places)
     replace_application(stock, Guard(build(services), options, auth, realm))
     _log_access(options, auth)
 
@@ -79,7 +83,7 @@ def build(services: Services) -> FastAPI:
         allow_methods=["GET", "HEAD", "POST", "PUT", "DELETE"],
         allow_headers=["*"],
     )
-    handle_errors(api)
+    handle_errors(api, services.places)
     for make in (
         *(auth_routes, datastore_routes, session_routes, infer_routes),
         *(task_routes, report_routes, concept_routes, agreement_routes),
@@ -89,6 +93,13 @@ def build(services: Services) -> FastAPI:
     api.include_router(ohif.router())
     api.include_router(proxy.router(services.app.studies))
     return api
+
+
+def places_of(app: LabelApp, temporary: Path) -> Places:
+    """The folders of an app, to be kept out of answers."""
+    sessions, store = app.sessions(), getattr(app.datastore(), "folder", None)
+    own = (app.app_dir, app.model_dir, TASKS_DIR, CONCEPTS_DIR, store, sessions and sessions.folder)
+    return Places([folder for folder in own if folder], temporary)
 
 
 class _Redact(logging.Filter):

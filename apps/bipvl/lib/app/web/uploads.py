@@ -18,14 +18,16 @@ from typing import IO
 from fastapi import HTTPException, UploadFile
 from filelock import FileLock, Timeout
 
+from lib.infers.options import RESULT_SUFFIXES
+
 logger = logging.getLogger(__name__)
 
 PREFIX = "bipvl-server-"
 IMAGE_SUFFIXES = (".seg.nrrd", ".nii.gz", ".nii", ".nrrd", ".mha", ".dcm", ".zip")
-RESULT_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".seg.nrrd", ".mha")
 LABEL_SUFFIXES = (*RESULT_SUFFIXES, ".bin")
 ARCHIVE_ENTRIES = 100_000
 COPY_BYTES = 1 << 20
+NAME_BYTES = 150  # file systems take 255
 
 
 class TemporaryFolder:
@@ -100,19 +102,21 @@ def saved(upload: UploadFile, valid: Sequence[str], what: str) -> Iterator[Path]
     Raises:
         HTTPException: 400 for a type that is not valid.
     """
-    handle, name = tempfile.mkstemp(suffix=suffix(upload.filename, valid, what))
-    try:
-        with os.fdopen(handle, "wb") as file:
+    kind = suffix(upload.filename, valid, what)
+    name = safe_name(upload.filename, 0)
+    with tempfile.TemporaryDirectory() as folder:
+        base = name[: len(name) - len(kind)] if name.lower().endswith(kind) else ""
+        path = Path(folder) / f"{base or 'file'}{kind}"  # as clients know it: messages name it
+        with path.open("xb") as file:
             shutil.copyfileobj(upload.file, file, COPY_BYTES)
-        yield Path(name)
-    finally:
-        Path(name).unlink(missing_ok=True)
+        yield path
 
 
 def safe_name(name: str | None, number: int) -> str:
     """One harmless path component out of a client's file name."""
     base = (name or "").replace("\\", "/").rpartition("/")[2]
-    base = "".join(c if c.isalnum() or c in "._-" else "_" for c in base).lstrip(".")[-150:]
+    base = "".join(c if c.isalnum() or c in "._-" else "_" for c in base)
+    base = base.encode("utf-8", "replace")[-NAME_BYTES:].decode("utf-8", "ignore").lstrip(".")
     return base or f"file{number}"
 
 

@@ -6,14 +6,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from monai.transforms import Compose
 
 from lib.infers.explain import agreement
 from lib.model.nets import BiPVLSeg
 from lib.model.predict import predict
 from lib.stores.cases import audit
 from lib.tasks import Task
-from lib.volumes.transforms import load
+from lib.volumes.transforms import apply, load
 
 
 def check_labels(model: BiPVLSeg, task: Task, cases: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -43,8 +42,8 @@ def check_labels(model: BiPVLSeg, task: Task, cases: Iterable[Mapping[str, Any]]
     return {"masks": sorted(masks, key=lambda entry: entry["agreement"]), "problems": problems}
 
 
-def _of_case(model: BiPVLSeg, task: Task, case: dict[str, Any]) -> list[dict[str, Any]]:
-    data = Compose(load(task, label=True))(case)
+def _of_case(model: BiPVLSeg, task: Task, case: dict[Any, Any]) -> list[dict[str, Any]]:
+    data = apply(load(task, label=True), case)
     label = data["label"].as_tensor()
     drawn = label > 0 if task.overlapping else label == torch.arange(1, 1 + len(task.classes)).view(-1, 1, 1, 1)
     prediction = predict(model, data["image"], task)

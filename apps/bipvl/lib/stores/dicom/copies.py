@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from lib.files import FINAL
 from lib.stores.dicom.archive import Archive, SeriesEntry
 from lib.stores.dicom.cache import ImageCache
 from lib.stores.dicom.labels import by_name, task_of_seg
 from lib.stores.dicom.listing import Segmentation
 from lib.stores.dicom.seg import read_seg
-from lib.stores.labelfolder import FINAL, LabelFolder
+from lib.stores.labelfolder import LabelFolder
 from lib.tasks import Task
 from lib.volumes.masks import write_mask
 from lib.volumes.reading import read_header

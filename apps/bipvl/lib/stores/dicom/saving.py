@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from pydicom.dataset import Dataset
 
+from lib.files import FINAL, ORIGINAL
 from lib.stores.cases import declared
 from lib.stores.dicom.archive import Archive, SeriesEntry
 from lib.stores.dicom.cache import ImageCache
@@ -20,7 +21,6 @@ from lib.stores.dicom.listing import Listings, description
 from lib.stores.dicom.proposals import Proposals
 from lib.stores.dicom.seg import MadeBy, write_seg
 from lib.stores.errors import StoreError
-from lib.stores.labelfolder import FINAL
 from lib.stores.uploads.checks import plain
 from lib.stores.uploads.names import named_values, to_task_values
 from lib.stores.uploads.numbering import segment_names
@@ -114,7 +114,7 @@ class Saving:
             self._voxels(mask, entry, volume),
             volume,
             task,
-            tag="original",
+            tag=ORIGINAL,
             when=datetime.now(),
             software=self._software,
             made_by={name: MadeBy(version) for name in task.labels},

@@ -17,6 +17,7 @@ from typing import Any
 
 from pydicom.dataset import Dataset
 
+from lib.files import FINAL
 from lib.stores.cases import make_case
 from lib.stores.dicom.archive import Archive, ArchiveError, SeriesEntry
 from lib.stores.dicom.cache import ImageCache
@@ -29,7 +30,7 @@ from lib.stores.errors import BusyError, ConflictError, NotInStoreError, StoreEr
 from lib.stores.export import zip_cases
 from lib.stores.interface import Store
 from lib.stores.labelfiles import check_tag, keep_copy
-from lib.stores.labelfolder import FINAL, LabelFolder, refuse_change, refused
+from lib.stores.labelfolder import LabelFolder, refuse_change, refused
 from lib.stores.uploads.checks import plain
 from lib.stores.uploads.names import task_for, task_named
 from lib.tasks import Task

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from rich.progress import track
 from scipy import ndimage
 
+from lib.files import FINAL
 from lib.volumes.phantoms.anatomy import SIZE_MM, Abdomen, Array, smooth_field
 
 ORIENTATIONS = ("RAS", "LPS", "LAS", "RAI", "PSR", "LPI")
@@ -109,7 +110,7 @@ def write_studies(folder: Path, cases: int = 8, labelled: int = 4, seed: int = 0
     missing = [(index, path) for index, path in enumerate(images) if not path.exists()]
     for index, path in track(missing, description="Generating studies", disable=not missing):
         case = generate_case(1000 * seed + index)
-        label = folder / "labels" / "final" / path.name
+        label = folder / "labels" / FINAL / path.name
         if index < labelled and not label.exists():
             _write(label, case.label, case.affine)
         _write(path, case.image, case.affine)

@@ -98,7 +98,8 @@ class Guard:
             user = await self._admit(scope, headers)
             limited = self._limited(headers, receive)
         except Refusal as refusal:
-            logger.info("Refused %s %s from %s: %d", scope["method"], scope["path"], address_of(scope), refusal.status)
+            who, what = address_of(scope), (scope["method"], scope["path"][:1000])
+            logger.warning("Refused %s %r from %s: %d, %s", *what, who, refusal.status, refusal.message)
             return await _refuse(answer, refusal)
         await self._app({**scope, USER: user}, limited, answer)
 

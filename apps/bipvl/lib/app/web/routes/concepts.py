@@ -14,7 +14,6 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, HTTPException
 from fastapi.responses import FileResponse, RedirectResponse
-from monai.transforms import Compose
 from pydantic import BaseModel, Field
 
 from lib.app.web.access.accounts import ROLES, User
@@ -28,7 +27,7 @@ from lib.tasks.check import Problem
 from lib.tasks.revisions import Revisions
 from lib.tasks.wording import markup
 from lib.upstream import device_list, name_to_device
-from lib.volumes.transforms import load
+from lib.volumes.transforms import apply, load
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +116,7 @@ def concept_routes(services: Services) -> APIRouter:
         try:
             text = revisions.text(newest)
         except TaskError as error:
-            text, damaged = revisions.task, str(error)
+            text, damaged = revisions.task, services.places.hide(str(error))
         history = revisions.history()
         needed = role_needed("POST", f"/concepts/{model}/revisions", user.realm)
         images = services.app.datastore().list_images()
@@ -135,7 +134,7 @@ def concept_routes(services: Services) -> APIRouter:
             "review": text.concepts.review.model_dump(),
             "damaged": damaged,
             "problems": _problems(check_text(text, engine.versions)),
-            "history": history,
+            "history": [_hidden(services, entry) for entry in history],
             "file_changed": bool(newest) and history[0].get("file") != revisions.task.concepts.hash,
             "served": _served(engine, history),
             "images": images[:MOST_IMAGES],
@@ -199,26 +198,31 @@ def concept_routes(services: Services) -> APIRouter:
     async def where(model: str, asked: Case) -> dict[str, Any]:
         text = _revision(revisions_of(model), asked.base).with_concepts(_trimmed(asked.sentences))
         path = _path(services, asked.image)
-        return await computed(lambda: _map(engine_of(model), text, path))
+        return await computed(lambda: _map(services, engine_of(model), text, path))
 
     return routes
 
 
-def _map(engine: Any, text: Task, path: Path) -> dict[str, Any]:
+def _map(services: Services, engine: Any, text: Task, path: Path) -> dict[str, Any]:
     """Both maps; in place of one that cannot be drawn, why."""
     version, model, own = engine.loaded(name_to_device(device_list()[0]))
     task = own.model_copy(update={"concepts": text.concepts})
-    image = Compose(load(task, label=False))({"image": str(path)})["image"]
+    image = apply(load(task, label=False), {"image": str(path)})["image"]
     result: dict[str, Any] = {"version": version, "classes": task.classes, "rows": task.text_rows()}
     after = concept_map.embeddings(model, task, image)
     result["after"] = concept_map.describe(after) if version else {"missing": "no version is published yet"}
     try:
         fresh = concept_map.untrained(own, model.text.assets)
     except TaskError as error:
-        result["before"] = {"missing": str(error)}
+        result["before"] = {"missing": services.places.hide(str(error))}
     else:
         result["before"] = concept_map.describe(concept_map.embeddings(fresh, task, image))
     return result
+
+
+def _hidden(services: Services, entry: dict[str, Any]) -> dict[str, Any]:
+    damaged = entry.get("damaged")
+    return {**entry, "damaged": services.places.hide(damaged)} if damaged else entry
 
 
 def _revision(revisions: Revisions, number: int) -> Task:

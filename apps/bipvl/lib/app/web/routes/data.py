@@ -17,7 +17,8 @@ from starlette.background import BackgroundTask
 from lib.app.web import uploads
 from lib.app.web.access.accounts import User
 from lib.app.web.common import ERRORS, Services, checked, current_user, json_object, known_image
-from lib.upstream import DefaultLabelTag, file_checksum
+from lib.files import FINAL
+from lib.upstream import file_checksum
 
 logger = logging.getLogger(__name__)
 
@@ -97,13 +98,13 @@ def datastore_routes(services: Services) -> APIRouter:
         user: Asker,
         image: str,
         label: Annotated[UploadFile, File()],
-        tag: str = DefaultLabelTag.FINAL.value,
+        tag: str = FINAL,
         params: Annotated[str, Form()] = "{}",
     ) -> dict[str, Any]:
         info, store = {**json_object(params), "user": user.name}, app.datastore()
         valid = (*uploads.LABEL_SUFFIXES, *([".dcm"] if store.dicom else []))
         with uploads.saved(label, valid, "label") as path:
-            saved = store.save_label(image, str(path), tag or DefaultLabelTag.FINAL.value, info)
+            saved = store.save_label(image, str(path), tag or FINAL, info)
         logger.info("Label of %r saved as %r by %r", image, tag, user.name)
         return {**(app.on_save_label(image, saved) or {}), "image": image, "label": saved}
 

@@ -19,14 +19,13 @@ from starlette.concurrency import run_in_threadpool
 from lib.app.web import uploads
 from lib.app.web.access.accounts import User
 from lib.app.web.common import ERRORS, LabelApp, Services, choice, current_user, json_object, known_image
-from lib.app.web.routes import choices
 from lib.app.web.routes.data import known_session
+from lib.files import ORIGINAL
+from lib.infers import BiPVLInfer
 
 logger = logging.getLogger(__name__)
 
-RESULT_OPTIONS = ("result_extension", "result_compress")
 SAVE_OPTIONS = ("save_label", "label_tag")
-SWITCHES = ("save_label", "result_compress")
 RESERVED = ("model", "image")  # part of the address; clients may repeat them
 FORBIDDEN = ("image_path", "label", "session", "path", "skip_writer", "result_write_to_file")
 ANSWERS: dict[int | str, dict[str, Any]] = {
@@ -122,7 +121,7 @@ def _prepare(
             request.options.pop(key, None)
     elif user.role == "viewer":
         raise HTTPException(403, "save_label: this needs the role annotator")
-    if choices.boolean("uncertainty_map", _chosen(request.options.get("uncertainty_map"))):
+    if request.options.get("uncertainty_map"):
         if request.image is None:
             raise HTTPException(400, "uncertainty_map: offered for the images of the datastore, which keeps the map")
         if user.role == "viewer":
@@ -145,7 +144,9 @@ def _run(services: Services, request: _Request) -> Response:
             result = app.infer_file(request.options, request.path)
         mask = Path(result["file"])
         stack.callback(mask.unlink, missing_ok=True)
-        return _answer(app, request, mask, result["params"])
+        params = result["params"]
+        params["warnings"] = [services.places.hide(text) for text in params.get("warnings", ())]
+        return _answer(app, request, mask, params)
 
 
 def _answer(app: LabelApp, request: _Request, mask: Path, params: dict[str, Any]) -> Response:
@@ -180,46 +181,14 @@ def _media_type(name: str) -> str:
     return mimetypes.guess_type(name, strict=False)[0] or "application/octet-stream"
 
 
-def _options(task: Any, given: dict[str, Any], model: str, image: str) -> dict[str, Any]:
-    """The options that the model knows, of types it can read. No option may name a file of the server."""
+def _options(task: BiPVLInfer, given: dict[str, Any], model: str, image: str) -> dict[str, Any]:
+    """The options that the model knows, in their types. No option may name a file of the server."""
     for key, value in zip(RESERVED, (model, image), strict=True):
         if given.get(key, value) not in (value, ""):
             raise HTTPException(400, f"params: {key!r} belongs into the address, where it is {value!r}")
     for key in FORBIDDEN:
         if key in given:
             raise HTTPException(400, f"params: {key!r} cannot be set")
-    known = {*task.config(), *RESULT_OPTIONS, *SAVE_OPTIONS, "label_info"}
-    options = {key: value for key, value in given.items() if key in known}
-    for key, value in options.items():
-        if key == "label_info":
-            readable = isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
-        elif key == "concepts":
-            readable = isinstance(value, (str, dict))
-        else:
-            readable = _is_plain(value) or (isinstance(value, list) and bool(value) and all(map(_is_plain, value)))
-        if not readable:
-            raise HTTPException(400, f"params: {key}: a value of this type cannot be read")
-    extension = _chosen(options.pop("result_extension", None))
-    if extension:
-        if extension not in uploads.RESULT_SUFFIXES:
-            valid = ", ".join(uploads.RESULT_SUFFIXES)
-            raise HTTPException(400, f"result_extension: {extension!r}; valid are {valid}")
-        options["result_extension"] = extension
-    for key in SWITCHES:
-        if key in options:
-            options[key] = choices.boolean(key, _chosen(options[key]))
-    if "device" in options:
-        options["device"] = choices.device(_chosen(options["device"]))
-    tag = options["label_tag"] = _chosen(options.get("label_tag", "original"))
-    if not isinstance(tag, str):
-        raise HTTPException(400, "label_tag: expected a name")
+    options = {key: value for key, value in task.options.read(given).items() if key in task.options}
+    options.setdefault("label_tag", ORIGINAL)
     return options
-
-
-def _chosen(value: Any) -> Any:
-    """Clients may send an option's whole list of choices: its first entry is meant."""
-    return value[0] if isinstance(value, list) else value
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, int, float, str))

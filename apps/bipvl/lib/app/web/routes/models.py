@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import subprocess
 import time
 from collections import deque
@@ -21,8 +20,9 @@ from lib.app.web import uploads
 from lib.app.web.access.accounts import User
 from lib.app.web.access.guard import address_of
 from lib.app.web.common import ERRORS, LabelApp, Services, checked, choice, current_user, known_image
-from lib.app.web.routes import choices
 from lib.app.web.routes.progress import with_images, with_progress
+from lib.infers.options import batch_options
+from lib.options import OptionTable
 from lib.scoring import cache
 from lib.upstream import BatchInferImageType, file_checksum, log_file, start_task, stop_task, task_status, tasks_of
 from lib.volumes.folders import SUFFIXES
@@ -49,8 +49,7 @@ def task_routes(services: Services) -> APIRouter:
 
     @routes.post("/activelearning/{strategy}", tags=["ActiveLearning"], summary="The image to annotate next")
     def next_sample(request: Request, user: Asker, strategy: str, params: Params = None) -> dict[str, Any]:
-        config = choice("strategy", strategy, app.strategies).info().get("config") or {}
-        given = choices.typed(checked(params or {}), config)
+        given = choice("strategy", strategy, app.strategies).options.read(checked(params or {}))
         client = str(given.get("client_id") or "")
         who = f"{user.name if services.auth else address_of(request.scope)}/{client}"
         found = app.next_sample({**given, "strategy": strategy, "who": who})
@@ -71,7 +70,8 @@ def task_routes(services: Services) -> APIRouter:
 
     def training(task: dict[str, Any]) -> dict[str, Any]:
         trainer = app.trainers.get(task["request"].get("model"))
-        return with_progress(_plain(task), trainer.stats() if trainer else {})
+        found = with_progress(_plain(task), trainer.stats() if trainer else {})
+        return {**found, "outcome": services.places.hide(found["outcome"])}
 
     def scores(task: dict[str, Any]) -> dict[str, Any]:
         method = app.scoring_methods.get(task["request"].get("method"))
@@ -80,7 +80,11 @@ def task_routes(services: Services) -> APIRouter:
     _task_status(routes, "/train/", "train", "Train", "Status of training", training)
 
     def batch(task: dict[str, Any]) -> dict[str, Any]:
-        return with_images(_plain(task), app.batch.progress())
+        found = with_images(_plain(task), app.batch.progress())
+        if found["progress"]:
+            failed = {image: services.places.hide(text) for image, text in found["progress"]["failed"].items()}
+            found["progress"] = {**found["progress"], "failed": failed}
+        return {**found, "outcome": services.places.hide(found["outcome"])}
 
     _task_status(routes, "/batch/infer", "batch_infer", "Infer", "Status of batch inference", batch)
     _task_status(routes, "/scoring/", "scoring", "Scoring", "Status of scoring", scores)
@@ -107,32 +111,28 @@ def task_routes(services: Services) -> APIRouter:
         params: Params = None,
         run_sync: bool = False,
     ) -> dict[str, Any]:
-        choice("model", model, app.models)
+        options = batch_options(choice("model", model, app.models).options)
         given = checked(params or {})
         wanted = given.get("images", images.value)
         if isinstance(wanted, list):
             wanted = [known_image(app.datastore(), str(i)) for i in wanted]
         elif wanted not in [i.value for i in BatchInferImageType]:
             raise HTTPException(400, f"images: expected all, labeled, unlabeled or a list of ids, got {wanted!r}")
-        extra = ("device", "multi_gpu", "gpus", "label_tag", "max_workers", "max_batch_size")
-        request = _pick(given, {*app.models[model].config(), *extra}, {"model": model, "images": None})
-        gpu = torch.cuda.is_available()
-        request = {"max_workers": 1, **request, "multi_gpu": gpu and bool(request.get("multi_gpu", True))}
-        _check_gpus(request)
+        request = {"max_workers": 1, "multi_gpu": True, **_pick(given, options, {"model": model, "images": None})}
+        request["multi_gpu"] &= torch.cuda.is_available()
         return _start("batch_infer", {**request, "model": model, "images": wanted}, run_sync)
 
     @routes.post("/scoring/", tags=["Scoring"], summary="Run all scoring methods")
     def score_all(params: Params = None, run_sync: bool = False) -> dict[str, Any]:
         given = checked(params or {})
-        requests = {name: {**_object(given.get(name), name), "method": name} for name in app.scoring_methods}
+        requests = {name: _score_request(app, name, _object(given.get(name), name)) for name in app.scoring_methods}
         if app.background:
             app.background.give_way()
         return {n: {"result": _start("scoring", r, run_sync, queue=True), "detail": None} for n, r in requests.items()}
 
     @routes.post("/scoring/{method}", tags=["Scoring"], summary="Run a scoring method")
     def score(method: str, params: Params = None, run_sync: bool = False) -> dict[str, Any]:
-        choice("scoring method", method, app.scoring_methods)
-        request = {**checked(params or {}), "method": method}
+        request = _score_request(app, method, checked(params or {}))
         if app.background and not run_sync:
             app.background.give_way()
         return _start("scoring", request, run_sync)
@@ -164,7 +164,8 @@ def task_routes(services: Services) -> APIRouter:
 
     @routes.get("/model/{model}/versions", tags=["Model"], summary="The published versions, oldest first")
     def versions(model: str) -> list[dict[str, Any]]:
-        return choice("model", model, app.models).versions.manifests()
+        manifests = choice("model", model, app.models).versions.manifests()
+        return [{**m, "damaged": services.places.hide(m["damaged"])} if m.get("damaged") else m for m in manifests]
 
     @routes.post("/model/{model}/versions/{version}/serve", tags=["Model"], summary="Roll back, or forward")
     def serve(user: Asker, model: str, version: Annotated[int, PathParameter(ge=1)]) -> dict[str, Any]:
@@ -262,12 +263,8 @@ def _checksum(path: Path, modified: int, size: int) -> str:
 
 def _train_request(app: LabelApp, model: str, params: dict[str, Any], user: User) -> dict[str, Any]:
     trainer = choice("model", model, app.trainers)
-    config = trainer.config()
-    fixed = {"model": model, "tracking_uri": config.get("tracking_uri")}  # a path or an address on the server
-    request = _pick(_object(params, model), set(config), fixed)
-    _check_gpus(request)
-    request = choices.typed(request, config)
-    trainer.checked(request)
+    uri = trainer.options["tracking_uri"].default  # a path or an address on the server
+    request = _pick(_object(params, model), trainer.options, {"model": model, "tracking_uri": uri})
     logger.info("Training of %s started by %r", model, user.name)
     return {**request, "model": model}
 
@@ -276,18 +273,17 @@ def _object(params: Any, what: str) -> dict[str, Any]:
     return checked(params if params is not None else {}, what)
 
 
-def _check_gpus(request: dict[str, Any]) -> None:
-    gpus = request.get("gpus", "all")
-    if not isinstance(gpus, str) or not re.fullmatch(r"all|\d*(,\d+)*", gpus):
-        raise HTTPException(400, f"gpus: expected all or numbers such as 0,1, got {gpus!r}")
+def _score_request(app: LabelApp, method: str, params: dict[str, Any]) -> dict[str, Any]:
+    return {**choice("scoring method", method, app.scoring_methods).options.read(params), "method": method}
 
 
-def _pick(params: dict[str, Any], known: set[str], fixed: dict[str, Any]) -> dict[str, Any]:
-    """The options that the app knows. Clients send more than that; what is `fixed` may be sent back, not changed."""
+def _pick(params: dict[str, Any], options: OptionTable, fixed: dict[str, Any]) -> dict[str, Any]:
+    """The options that the app knows, in their types. Clients send more than that; what is `fixed` may be sent back,
+    not changed."""
     for key, value in fixed.items():
         if value is not None and params.get(key, value) != value:
             raise HTTPException(400, f"params: {key!r} cannot be set")
-    ignored = sorted(set(params) - known - set(fixed) - {"client_id"})
+    ignored = sorted(set(params) - set(options) - set(fixed) - {"client_id"})
     if ignored:
         logger.info("Options that nothing reads: %s", ", ".join(repr(k[:50]) for k in ignored[:20]))
-    return {key: value for key, value in params.items() if key in known and key not in fixed}
+    return options.read({key: value for key, value in params.items() if key in options and key not in fixed})
