@@ -174,10 +174,10 @@ def running(tmp_path_factory, rounds, phantoms):
         yield server
 
 
-def refused(call, *words: str) -> str:
+def refused(call, *words: str, status: str = "4") -> str:
     with pytest.raises(MONAILabelClientException) as error:
         call()
-    assert "Status: 4" in error.value.msg or "Status: 507" in error.value.msg, error.value.msg
+    assert f"Status: {status}" in error.value.msg or "Status: 507" in error.value.msg, error.value.msg
     for word in words:
         assert word in error.value.msg
     return error.value.msg
@@ -344,7 +344,10 @@ def test_read_only_studies_and_a_damaged_checkpoint(tmp_path, studies, rounds, m
 
         _, result = server.client.infer("quickstart", "phantom_002", {})
         assert result["model_version"] == 1
-        refused(lambda: server.client.infer("quickstart", "phantom_002", {"model_version": "2"}), "v0002.pt")
+        cut = {"model_version": "2"}
+        told = "a model file on the server cannot be used"
+        refused(lambda: server.client.infer("quickstart", "phantom_002", cut), told, status="500")
+        assert "v0002.pt" in server.log.read_text()
         table.append(("served checkpoint cut in half", result["warnings"][0][:90]))
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from filelock import FileLock, Timeout
 
@@ -100,12 +101,13 @@ class CaseScoring(ScoringMethod):
             return {}
 
     def _fill(self, model: str, datastore: Any) -> dict[str, Any]:
-        infer, server = self.infers[model], int(os.environ.get(SERVER, os.getppid()))
+        infer, parent = self.infers[model], os.getppid()
+        server = int(os.environ.get(SERVER, parent))
         device = name_to_device(device_list()[0])
 
         def turn(*_: Any) -> None:
             """Before each case and each window."""
-            if server not in (os.getppid(), os.getpid()):
+            if os.getppid() != parent or not psutil.pid_exists(server):  # the server may not be the parent itself
                 raise Orphaned("the server that started this process is gone")
             self.turns.wait()
 
