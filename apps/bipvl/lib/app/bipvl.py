@@ -145,7 +145,9 @@ class BiPVLApp(MONAILabelApp):
         return strategies(list(self.tasks), lambda model: self.models[model].served())
 
     def init_scoring_methods(self) -> dict[str, ScoringMethod]:
-        return scoring_methods(self.models, self.tasks, self.model_dir, self.score_cases)
+        # Who asks for scores gets them, also where none are made in the background.
+        limit = self.score_cases or SCORED_CASES
+        return scoring_methods(self.models, self.tasks, self.model_dir, limit)
 
     def scoring(self, request: dict[str, Any], datastore: Any = None) -> dict[str, Any]:
         """Run a scoring method. MONAI Label gives it a process of its own, which takes what others leave of the CPU."""
