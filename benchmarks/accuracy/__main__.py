@@ -285,7 +285,7 @@ def first_of_each(cases: list[dict[str, str]], volumes: Sequence[Any]) -> tuple[
 
 
 def commit() -> str:
-    """The commit of the code, with + where the tree differs from it."""
+    """The commit of the code, with + if the tree differs from it."""
     git = ["git", "-C", str(ROOT)]
     head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()

@@ -249,7 +249,7 @@ def run_command(
     head: str = Simulation.head,
     size: str = Simulation.size,
     start: Annotated[int, typer.Option(help="labelled patients of the first round")] = Simulation.start,
-    add: Annotated[int, typer.Option(help="patients chosen a round")] = Simulation.add,
+    add: Annotated[int, typer.Option(help="patients chosen per round")] = Simulation.add,
     rounds: Annotated[int, typer.Option(help="rounds after the first")] = Simulation.rounds,
     first_steps: Annotated[int, typer.Option(help="training steps of the first round")] = Simulation.first_steps,
     steps: Annotated[int, typer.Option(help="training steps of every later round")] = Simulation.steps,

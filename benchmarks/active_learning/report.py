@@ -33,7 +33,7 @@ Result = dict[str, Any]
 
 
 def read_results(file: Path, task: str, size: str, head: str) -> list[Result]:
-    """The finished runs of a task, size and head; first rounds alone are no runs."""
+    """The finished runs of a task, size and head; first rounds alone are not runs."""
     found = sorted(records.read(file), key=lambda run: run["name"])
     same = [r for r in found if (r["run"]["task"], r["run"]["size"], r["run"]["head"]) == (task, size, head)]
     return [r for r in same if r["run"]["strategy"] in ORDER]
@@ -86,7 +86,7 @@ def area_table(results: list[Result]) -> str:
 
 
 def verdict(differences: Sequence[float]) -> str:
-    """Said before anything was run: better or worse only where every seed says so, and there are at least three."""
+    """Said before anything was run: better or worse only if every seed says so, and there are at least three."""
     if len(differences) < 3:
         return "too few seeds"
     better, worse = all(d > 0 for d in differences), all(d < 0 for d in differences)

@@ -220,7 +220,7 @@ class Step:
         return {kind: sum(r[kind] for r in runs) / count for kind in runs[0]}
 
 
-Patch = Annotated[int, typer.Option(help="voxels a side")]
+Patch = Annotated[int, typer.Option(help="voxels per side")]
 Batch = Annotated[int, typer.Option(help="patches per step")]
 Checkpointing = Annotated[bool, typer.Option(help="recompute activations, in both networks")]
 

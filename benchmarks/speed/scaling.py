@@ -83,7 +83,7 @@ def main(
     threads: Annotated[int, typer.Option(help="threads of torch on the CPU")] = 2,
     repeats: Annotated[int, typer.Option(help="rounds that count; one more warms up")] = 3,
     feature_size: Annotated[int, typer.Option(help="channels of the networks; the paper's is 48")] = 12,
-    patch: Annotated[int, typer.Option(help="voxels a side; the paper's is 96")] = 64,
+    patch: Annotated[int, typer.Option(help="voxels per side; the paper's is 96")] = 64,
     image: Annotated[Path, typer.Option(help="where the curves go")] = IMAGE,
 ) -> None:
     """Measure the four curves."""

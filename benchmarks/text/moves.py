@@ -177,7 +177,7 @@ def dice(a: Tensor, i: int, b: Tensor, j: int) -> float:
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """A row a request and class: for each kind of run the mean over seeds of "stays" and "follows", and their range."""
+    """One row per request and class: for each kind of run mean and range over seeds of "stays" and "follows"."""
     heads = sorted(set(map(column, runs)))
     lines = [
         "| request | class | " + " | ".join(f"{h}: stays | {h}: follows" for h in heads) + " |",

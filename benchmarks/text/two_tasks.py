@@ -123,7 +123,7 @@ def shared(tasks: Sequence[Task]) -> list[BiPVLSeg]:
 
 
 def table(runs: Sequence[dict[str, Any]]) -> str:
-    """A row a task: mean Dice of its classes by its own network and by the shared one, seed by seed."""
+    """One row per task: mean Dice of its classes by its own network and by the shared one, seed by seed."""
     lines = ["| task | cases | a network of its own | one network for both |", "|---|---|---|---|"]
     for name in (HEART, ABDOMINAL):
         for part, title in (("dice", "test"), ("dice_trained_on", "trained on")):

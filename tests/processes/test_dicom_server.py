@@ -153,7 +153,7 @@ def test_refusals_say_what_to_do_and_keep_the_file(running: Running, tmp_path: P
     status, text = send(bytes(np.prod(SHAPE)), "l.bin")
     assert status == 400 and "the label is empty" in text and "annotated" in text
     status, text = send(b"no DICOM", "l.dcm")
-    assert status == 400 and "no DICOM file" in text
+    assert status == 400 and "the label is not a DICOM file" in text
     status, text = send(b"\1" * int(np.prod(SHAPE)), "l.bin", label_info=[{"name": "tumour", "idx": 1}])
     assert status == 400 and "'tumour'" in text and "valid are liver" in text
     assert len(rejected(folder, uid)) == 4

@@ -100,7 +100,7 @@ def test_scores_fill_themselves_and_decide(tmp_path: Path, phantoms: Callable[..
         assert heat.shape == image.shape and np.array_equal(heat.affine, image.affine)
         values = np.asarray(heat.dataobj)
         assert values.dtype == np.uint8 and 0 < values.max() <= 100
-        assert client.info()["datastore"]["completed"] == 2, "a map is no label"
+        assert client.info()["datastore"]["completed"] == 2, "a map is not a label"
         upload = {"file": (f"{by_entropy}.nii.gz", (studies / f"{by_entropy}.nii.gz").read_bytes())}
         refused = server.call("POST", "/infer/quickstart", files=upload, data={"params": '{"uncertainty_map": true}'})
         assert refused.status_code == 400 and "uncertainty_map" in refused.json()["detail"]

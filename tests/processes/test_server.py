@@ -148,7 +148,7 @@ def test_loop_on_anisotropic_cardiac_mr_and_refusals(real_data, tmp_path):
         add_case(studies, folder / f"{patient}_frame01.nii.gz", patient)
     flat = write_nifti(tmp_path / "flat.nii.gz", np.ones((40, 40), np.int16), np.eye(4))
     add_case(studies, flat, "flat")
-    (studies / "broken.nii.gz").write_bytes(b"this is no NIfTI")
+    (studies / "broken.nii.gz").write_bytes(b"this is not NIfTI")
     with Server(studies, tmp_path / "models", conf) as server:
         with pytest.raises(MONAILabelClientException) as error:
             server.client.infer("acdc-mr", "broken", {})

@@ -53,7 +53,7 @@ class Visit:
     """A page, and what it asked for: answers that were refused or failed, and requests to other machines.
 
     Args:
-        expected: parts of lines in `bad` that are no fault.
+        expected: parts of lines in `bad` that are not faults.
     """
 
     page: sync_api.Page
@@ -75,7 +75,7 @@ class Visit:
             self.elsewhere.append(response.url)
 
     def _failed(self, request: sync_api.Request) -> None:
-        # "csp": the page's own policy stopped it before it left. Requests that the viewer itself gives up are no fault.
+        # "csp": the page's own policy stopped it before it left. Requests that the viewer gives up are not faults.
         if request.failure not in ("csp", "net::ERR_ABORTED"):
             self._note(f"{request.failure} {request.method} {request.url}")
 

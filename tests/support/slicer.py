@@ -163,7 +163,7 @@ class Slicer:
         Path(file).unlink()
 
     def label(self) -> tuple[np.ndarray, list[dict[str, Any]]]:
-        """Export: one value a segment, by position; later segments win. Some names are left out, but counted."""
+        """Export: one value per segment, by position; later segments win. Some names are left out, but counted."""
         merged, names, value = np.zeros(self.volume.shape, np.int16), [], 0
         for index, (name, voxels) in enumerate(self.segments.items(), start=1):
             if name in ("background", "foreground_scribbles", "background_scribbles"):

@@ -64,13 +64,13 @@ def temporary_file(suffix: str) -> Iterator[Path]:
 
 
 def clear_unfinished(folder: Path, pattern: str) -> None:
-    """Remove what killed writers of matching files left. Only for whom no other process can be writing them."""
+    """Remove what killed writers of matching files left. Call it only if no other process can be writing them."""
     for path in folder.glob(f".{pattern}.*"):
         path.unlink(missing_ok=True)
 
 
 def numbered(folder: Path, letter: str, suffix: str) -> list[int]:
-    """The numbers of a folder's files that are called like v0001.pt, in order; none where there is no folder."""
+    """The numbers of a folder's files that are called like v0001.pt, in order; none if there is no folder."""
     try:
         names = [path.name for path in folder.iterdir()]
     except (FileNotFoundError, NotADirectoryError):

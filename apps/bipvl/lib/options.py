@@ -25,9 +25,9 @@ class Option:
 
     Args:
         name: as clients send it.
-        default: what counts where it is not sent.
+        default: what counts if it is not sent.
         help: one line for the documents.
-        said: the default in words, where it depends on something.
+        said: the default in words, if it depends on something.
         shown: whether clients offer it.
     """
 
@@ -48,7 +48,7 @@ class Option:
         return "text"
 
     def read(self, value: Any) -> Any:
-        """What was sent, in the option's type; None where nothing was.
+        """What was sent, in the option's type; None if nothing was.
 
         Raises:
             ValueError: naming the option and what is valid.
@@ -78,7 +78,7 @@ class Switch(Option):
 
 @dataclass(frozen=True)
 class Number(Option):
-    """A number from `low` up to, but not including, `below`. It is a whole one where its default is."""
+    """A number from `low` up to, but not including, `below`. It is a whole one if its default is."""
 
     low: float = -math.inf
     below: float = math.inf
@@ -126,7 +126,7 @@ GPUS = Text("gpus", "all", "which GPUs", pattern=r"all|\d*(,\d+)*", expected="al
 
 @dataclass(frozen=True)
 class Choice(Option):
-    """One of some texts; `what` names the thing that is chosen where one is unknown."""
+    """One of some texts; `what` names the thing that is chosen if one is unknown."""
 
     choices: tuple[str, ...] = ()
     what: str = ""
@@ -161,7 +161,7 @@ class Device(Option):
 
     def convert(self, value: Any) -> str:
         names = device_list()
-        if value in names or value in ("cpu", "cuda", "mps"):  # MONAI Label takes the CPU where there is no GPU
+        if value in names or value in ("cpu", "cuda", "mps"):  # MONAI Label takes the CPU if there is no GPU
             return str(value)
         match = re.fullmatch(r"cuda:(\d{1,3})", value) if isinstance(value, str) else None
         if not match or int(match[1]) >= torch.cuda.device_count():

@@ -93,17 +93,17 @@ def models(app: MONAILabelApp) -> dict[str, Any]:
 
 
 def trainers(app: MONAILabelApp) -> dict[str, Any]:
-    """Name to train task; empty where MONAI_LABEL_TASKS_TRAIN is false."""
+    """Name to train task; empty if MONAI_LABEL_TASKS_TRAIN is false."""
     return app._trainers
 
 
 def strategies(app: MONAILabelApp) -> dict[str, Any]:
-    """Name to strategy of Next Sample; empty where MONAI_LABEL_TASKS_STRATEGY is false."""
+    """Name to strategy of Next Sample; empty if MONAI_LABEL_TASKS_STRATEGY is false."""
     return app._strategies
 
 
 def scoring_methods(app: MONAILabelApp) -> dict[str, Any]:
-    """Name to scoring method; empty where MONAI_LABEL_TASKS_SCORING is false."""
+    """Name to scoring method; empty if MONAI_LABEL_TASKS_SCORING is false."""
     return app._scoring_methods
 
 
@@ -140,11 +140,11 @@ def stock_application() -> FastAPI:
     """The application that uvicorn calls, in a process of `monailabel start_server`.
 
     Raises:
-        RuntimeError: there is none, or it has another structure.
+        RuntimeError: there is none, or it is not built as expected.
     """
     stock = getattr(sys.modules.get("monailabel.app"), "app", None)
     if not isinstance(stock, FastAPI) or getattr(stock, "middleware_stack", None) is None:
-        raise RuntimeError("MONAI Label's server has another structure than 0.8.5's: it cannot be guarded, so it stops")
+        raise RuntimeError("MONAI Label's server is not built like 0.8.5's: it cannot be guarded, so it stops")
     return stock
 
 
@@ -199,7 +199,7 @@ def start_task(method: str, request: dict[str, Any], queue: bool) -> dict[str, A
     """Start a task of a method ("train", "batch_infer", "scoring"), or put it behind those that run.
 
     Args:
-        queue: put it behind; else None is returned where one runs.
+        queue: put it behind; else None is returned if one runs.
 
     Returns:
         MONAI Label's record of the task, which changes as the task goes on.
@@ -211,7 +211,7 @@ def start_task(method: str, request: dict[str, Any], queue: bool) -> dict[str, A
 
 
 def stop_task(method: str) -> dict[str, Any] | None:
-    """Kill the process of a method's task; None where none runs, or where it ended at this moment."""
+    """Kill the process of a method's task; None if none runs, or if it ended at this moment."""
     try:
         return AsyncTask.stop(method)
     except (psutil.NoSuchProcess, StopIteration):
@@ -263,7 +263,7 @@ class TrainTask(BasicTrainTask):
 
     @abstractmethod
     def evaluator(self, context: Context) -> Any:
-        """The engine that validates, None where nothing is set aside."""
+        """The engine that validates, None if nothing is set aside."""
 
     @abstractmethod
     def trainer(self, context: Context) -> Any:
@@ -280,7 +280,7 @@ class TrainTask(BasicTrainTask):
 
 
 class _Unpooled(HTTPAdapter):
-    """A time limit, as requests waits for ever by default, and a connection of its own for each request: one that is
+    """A time limit, as requests waits forever by default, and a connection of its own for each request: one that is
     kept may be closed by the archive just as it is used again (Orthanc: after a second)."""
 
     def __init__(self, limits: tuple[float, float]) -> None:

@@ -142,7 +142,13 @@ def test_a_model_that_cannot_be_read_is_the_servers_fault(app, client, caplog):
     ("method", "place", "more", "status", "reason"),
     [
         ("POST", "/infer/quickstart?image=case0", {"data": {"params": '{"model_version": "9"}'}}, 400, "valid"),
-        ("PUT", "/model/quickstart", {"files": {"file": ("mine.pt", b"no checkpoint")}}, 400, "damaged, or no"),
+        (
+            "PUT",
+            "/model/quickstart",
+            {"files": {"file": ("mine.pt", b"no checkpoint")}},
+            400,
+            "damaged, or not a checkpoint",
+        ),
         ("POST", "/model/quickstart/versions/9/serve", {}, 404, "no version 9"),
     ],
 )

@@ -41,7 +41,7 @@ def test_show_prints_a_table_of_one_class_or_all(own):
     for sentence in (*spleen.values(), *aorta.values()):
         assert sentence in result.output
     assert "liver" not in result.output.replace("about as bright as liver", "") and "unreviewed" in result.output
-    assert "[red]broad[/red]" in run("show", own / "words.yaml", "liver").output, "a sentence is no terminal markup"
+    assert "[red]broad[/red]" in run("show", own / "words.yaml", "liver").output, "a sentence is not terminal markup"
     assert "spine" in run("show", own / "own.yaml").output
     assert "unknown class 'heart'; valid are liver" in str(run("show", "quickstart", "heart").exception)
 

@@ -232,7 +232,7 @@ def test_the_fixed_head_drops_nothing(monkeypatch):
     task = task_for(head="fixed", training={"drop_classes": 1.0})
     network = TrainingNetwork(model_for(task), task).train()
     monkeypatch.setattr(
-        "lib.trainers.objective._some", lambda *_: pytest.fail("the fixed head has one channel a class")
+        "lib.trainers.objective._some", lambda *_: pytest.fail("the fixed head has one channel per class")
     )
     network(image_for(task), label_for(task))
 

@@ -193,7 +193,7 @@ def test_text_is_read_once_for_a_set_of_weights():
         assert model.text.token_passes == 2
     model.train()
     model(image_for(task_for(), batch=2))
-    assert model.text.token_passes == 3, "one pass a step, not one a sample"
+    assert model.text.token_passes == 3, "one pass per step, not one per sample"
 
 
 def test_changing_the_text_changes_the_logits():

@@ -90,7 +90,7 @@ def test_the_shipped_model_fits_the_quickstart(tmp_path):
     store = Versions(tmp_path / "quickstart")
     assert start_from_shipped(load_task("quickstart"), store) == 1
     manifest = store.manifest(1)
-    assert not any(case.startswith("phantom") for case in manifest["seen"]), "ids of its cases are no user's"
+    assert not any(case.startswith("phantom") for case in manifest["seen"]), "ids of its cases are not a user's"
     card = FILE.with_name("README.md").read_text()
     for name, dice in manifest["metrics"]["held_out"]["phantoms"].items():
         assert f"| {name} | {dice:.2f} |" in card, "the card says what was measured"

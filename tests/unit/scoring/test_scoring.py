@@ -112,7 +112,7 @@ def test_entropy_in_parts_is_entropy(model, task):
 
 
 def test_scores_are_those_of_the_forward_pass(model, task):
-    """The vector is the mean of V_4 over places and windows; one pass a window, and no hook stays behind."""
+    """The vector is the mean of V_4 over places and windows; one pass per window, and no hook is left behind."""
     torch.manual_seed(2)
     image = torch.rand(1, 60, 40, 40)
     seen, calls = [], []
@@ -148,7 +148,7 @@ def test_every_case_is_scored_once_a_version(engine, task, store, tmp_path, monk
     forward = type(build_model(task)).forward
     monkeypatch.setattr(type(build_model(task)), "forward", lambda *a, **k: passes.append(1) or forward(*a, **k))
     assert method({}, store) == {"tiny": {"version": 1, "scored": 4, "failed": 0}}
-    assert len(passes) == 4, "one window a case, one pass a window"
+    assert len(passes) == 4, "one window per case, one pass per window"
     for case in "abcd":
         info = store.get_image_info(case)
         assert cache.version_of(info, "tiny") == 1
@@ -469,5 +469,5 @@ def test_a_kept_map_replaces_the_one_before_and_fills_no_history(store, tmp_path
         store.keep_map("a", file, {"model": "tiny"})
     assert np.asarray(nib.load(store.get_label_uri("a", "uncertainty")).dataobj).max() == 20
     assert not (store.folder / "labels" / "history").exists()
-    assert store.get_labeled_images() == ["b"], "a map is no label"
+    assert store.get_labeled_images() == ["b"], "a map is not a label"
     assert [case["id"] for case in store.datalist()] == ["b"]

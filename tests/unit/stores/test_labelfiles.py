@@ -116,7 +116,7 @@ def test_what_is_no_label_is_refused_and_kept(studies, labels):
     flipped = bytearray(gzip.decompress(whole))
     nrrd = drawing(folder / "x.nrrd", 1).read_bytes()
     cases = {
-        "text.nii.gz": (b"this is no label", "not a NIfTI file"),
+        "text.nii.gz": (b"this is not a label", "not a NIfTI file"),
         "nothing.nii.gz": (b"", "cannot be read"),
         "cut.nii.gz": (whole[:-12], "damaged or cut off"),
         "cut.nii": (bytes(flipped[:-5]), "cannot be read"),
@@ -225,7 +225,7 @@ def test_a_named_upload_with_rounded_values_is_taken(studies, labels):
     store.save_label("a", str(file), "final", {"label_info": [{"name": "Left-Kidney", "idx": 1}]})
     assert store.datalist()[0]["label_names"] == {"left kidney": 1}
     half = write_nifti(labels[0].with_name("h.nii.gz"), np.full(SHAPE, 0.5, np.float32))
-    with pytest.raises(StoreError, match="no whole numbers from 0 to 65535: 0.5"):
+    with pytest.raises(StoreError, match="not whole numbers from 0 to 65535: 0.5"):
         store.save_label("a", str(half), "final", {"label_info": [{"name": "spleen", "idx": 1}]})
 
 
@@ -293,7 +293,7 @@ def test_renaming_on_the_command_line(renamed):
     listed = CliRunner().invoke(app, [*command, str(renamed)])
     assert "labels/final/a.nii.gz" in listed.output and "2 label(s) would change; nothing was changed" in listed.output
     done = CliRunner().invoke(app, [*command, str(renamed), "--yes"])
-    assert "2 label(s) say 'aorta' now, where they said 'main artery'" in done.output
+    assert "2 label(s) now say 'aorta' instead of 'main artery'" in done.output
     refused = CliRunner().invoke(app, [*command, "http://archive/dicom-web"])
     assert "DICOM SEGs, which stay as they were stored" in str(refused.exception)
     refused = CliRunner().invoke(app, [*command, "list.json"])

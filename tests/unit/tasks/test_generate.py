@@ -140,7 +140,7 @@ def test_every_class_is_drafted_checked_and_waits_for_a_person(endpoint, out):
     assert check(task) == []
     for name in TASK.classes:
         assert task.concepts.classes[name].sentences == {"class": f"The {name} in a CT image.", **sentences(name)}
-    assert endpoint.asked() == list(TASK.classes), "one request a class"
+    assert endpoint.asked() == list(TASK.classes), "one request per class"
     assert "Nobody has reviewed it" in out.read_text() and "6/6" in result.output
     assert list(out.parent.iterdir()) == [out], "nothing else is left"
 

@@ -71,7 +71,7 @@ def test_the_objective_leaves_other_classes_out():
     assert plain["segmentation"] == same["segmentation"]
     torch.testing.assert_close(partial["segmentation"], expected)
     assert partial["segmentation"] != plain["segmentation"]
-    assert partial["alignment"] != plain["alignment"], "an undeclared class is no visual evidence"
+    assert partial["alignment"] != plain["alignment"], "an undeclared class is not visual evidence"
     torch.testing.assert_close(partial["class_embedding"], maps)
     assert partial["class_embedding"] != plain["class_embedding"]
 

@@ -249,7 +249,7 @@ def test_a_killed_round_is_resumed_and_ends_as_if_it_had_run_through(studies, tm
     monkeypatch.setattr(RoundTask, "_train_step", recording)
     cases = phantom_cases(studies, 2)
     whole = small_trainer(tmp_path / "whole")
-    whole({**RESUMED, "resume": True}, cases)  # nothing to resume is no error
+    whole({**RESUMED, "resume": True}, cases)  # nothing to resume is not an error
     complete, rates[:] = list(rates), []
     assert not (whole.folder / "train" / "last.pt").exists(), "a finished round removes it"
 

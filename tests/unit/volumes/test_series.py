@@ -122,7 +122,7 @@ def test_what_is_among_the_slices_is_named(tmp_path: Path) -> None:
     for ds, text in (
         (screenshot, r"slice 9: a screenshot \(Secondary Capture Image Storage\): keep it in a series of its own"),
         (report, r"slice 9: not an image \(Comprehensive SR Storage\)"),
-        (frames, r"slice 9: a multi-frame image \(Enhanced CT Image Storage\).* one file a slice"),
+        (frames, r"slice 9: a multi-frame image \(Enhanced CT Image Storage\).* one file per slice"),
     ):
         with pytest.raises(SeriesError, match=text):
             volume_of([*slices, ds])

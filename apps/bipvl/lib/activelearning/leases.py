@@ -26,7 +26,7 @@ class Lease(TypedDict):
 
 
 class Leases:
-    """At most one lease a person and one a case. They survive a restart where the file can be written.
+    """At most one lease per person and one per case. They survive a restart if the file can be written.
 
     Args:
         path: the JSON file.

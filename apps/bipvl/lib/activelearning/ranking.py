@@ -1,7 +1,7 @@
-"""What makes a case worth annotating: one pure function a strategy, from what one forward pass tells about each case.
+"""What makes a case worth annotating: one pure function per strategy, from what one forward pass tells about each case.
 
 Every function takes the cases to choose from and those that need no more annotating (labelled, or in somebody's hands),
-and returns a value for each of the former; the case with the largest is annotated next. No torch, no monailabel.
+and returns a value for each case to choose from; the case with the largest is annotated next. No torch, no monailabel.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def disagreement(cases: Sequence[CaseScores], known: Sequence[CaseScores]) -> np
 
 def distance(cases: Sequence[CaseScores], known: Sequence[CaseScores]) -> np.ndarray:
     """Euclidean distance of V_4 to the nearest known case, 0 to 2: greedy k-center (Gonzalez 1985; for active learning
-    Sener and Savarese, ICLR 2018). Where nothing is known yet, 2 less the mean distance to the others: the most typical
+    Sener and Savarese, ICLR 2018). If nothing is known yet, 2 less the mean distance to the others: the most typical
     case is the first centre."""
     vectors = np.stack([case.vector for case in cases])
     if not known:

@@ -1,6 +1,6 @@
 """The strategies behind *Next Sample*, as MONAI Label calls them.
 
-The contract of each: never a labelled image, None where none is left, the same seed the same pick, whatever the order
+The contract of each: never a labelled image, None if none is left, the same pick for the same seed, whatever the order
 in which the datastore lists its images, and the reported score is that of the returned image. Cases that others work on
 are left out by the store that a strategy gets (`lib.activelearning.leases.Offer`).
 """
@@ -40,7 +40,7 @@ class _Unlabelled(Strategy):
         return self.options.offer()
 
     def __call__(self, request: Mapping[str, Any], datastore: Any) -> dict[str, Any] | None:
-        """The image to annotate next, under `id`; None where there is none.
+        """The image to annotate next, under `id`; None if there is none.
 
         Raises:
             ValueError: an option that cannot be used.
@@ -64,8 +64,8 @@ class First(_Unlabelled):
 
 
 class Random(_Unlabelled):
-    """Any case, each with the same chance. Without a seed, cases that were never offered come first: who presses *Next
-    Sample* to skip a case is not given it again at once."""
+    """Any case, each with the same chance. Without a seed, cases that were never offered come first, so that whoever
+    skips a case with *Next Sample* is not given it again at once."""
 
     def __init__(self) -> None:
         super().__init__("Any case, those that were never offered first")
@@ -82,13 +82,13 @@ class Ranked(_Unlabelled):
     """The case that a ranking puts first, by the scores that are kept in the images' infos.
 
     Scores of different versions are not compared: those of the version count that has scored most of the free cases,
-    the served one where two have scored as many. Without any, the choice is random, and the answer says so.
+    the served one if two have scored as many. Without any, the choice is random, and the answer says so.
 
     Args:
         name: of the strategy.
         ranking: what makes a case worth annotating.
         models: names of the tasks served, the default first.
-        served: the served version of a model, 0 where there is none.
+        served: the served version of a model, 0 if there is none.
     """
 
     def __init__(self, name: str, ranking: Ranking, models: Sequence[str], served: Callable[[str], int]) -> None:
@@ -130,7 +130,7 @@ def next_case_options(models: Sequence[str]) -> OptionTable:
         models: names of the tasks served, the default first.
     """
     first = next(iter(models), "")
-    said, what = "the first task", "whose scores count, where the server has several tasks"
+    said, what = "the first task", "whose scores count, if the server has several tasks"
     return OptionTable(Choice("model", first, what, said, choices=tuple(models), what="model"), SEED)
 
 

@@ -88,7 +88,7 @@ class BiPVLApp(MONAILabelApp):
 
     @property
     def trainers(self) -> Mapping[str, BiPVLTrain]:
-        """Training by name of the task; none where MONAI_LABEL_TASKS_TRAIN is false."""
+        """Training by name of the task; none if MONAI_LABEL_TASKS_TRAIN is false."""
         return upstream.trainers(self)
 
     @property
@@ -145,7 +145,7 @@ class BiPVLApp(MONAILabelApp):
         return strategies(list(self.tasks), lambda model: self.models[model].served())
 
     def init_scoring_methods(self) -> dict[str, ScoringMethod]:
-        # Who asks for scores gets them, also where none are made in the background.
+        # Whoever asks for scores gets them, even if none are made in the background.
         limit = self.score_cases or SCORED_CASES
         return scoring_methods(self.models, self.tasks, self.model_dir, limit)
 
@@ -155,8 +155,8 @@ class BiPVLApp(MONAILabelApp):
         return super().scoring(request, datastore)
 
     def next_sample(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The case to annotate next, leased to the one who asks (`who` or `client_id`), with its `path` and what is
-        known about it (`info`); empty where none is free."""
+        """The case to annotate next, leased to whoever asks (`who` or `client_id`), with its `path` and what is
+        known about it (`info`); empty if none is free."""
         strategy = request.get("strategy") or "random"
         if strategy not in self.strategies:
             raise HTTPException(404, f"unknown strategy {strategy!r}; valid are {', '.join(self.strategies)}")
@@ -174,7 +174,7 @@ class BiPVLApp(MONAILabelApp):
                 break
             except Exception as error:  # nobody works on what could not be had
                 self.leases.release(found["id"])
-                if not isinstance(error, SeriesError):  # of a series that is no volume; its store offers it only once
+                if not isinstance(error, SeriesError):  # a series that is not a volume; its store offers it only once
                     raise
         if self.background:
             self.background.wake()
@@ -208,7 +208,7 @@ class BiPVLApp(MONAILabelApp):
     def _keep_map(
         self, store: Store, image: str, model: str, params: dict[str, Any], file: str
     ) -> dict[str, str] | None:
-        """Where clients find the uncertainty map of an image; None, and a warning, where it cannot be kept."""
+        """Where clients find the uncertainty map of an image; None, and a warning, if it cannot be kept."""
         unit = "percent of the largest entropy"
         info = {"model": model, "model_version": params["model_version"], "unit": unit}
         try:
@@ -230,7 +230,7 @@ class BiPVLApp(MONAILabelApp):
             with self.turns.request():
                 file, params = self.models[model]({**request, "image": str(path)})
         except CheckpointError:
-            raise  # says itself whose fault it is
+            raise  # it says whose fault it is
         except ValueError as error:
             raise HTTPException(400, str(error)) from error
         return {"label": file, "file": file, "tag": ORIGINAL, "params": params}

@@ -34,7 +34,7 @@ class BatchInfer(BatchInferTask):
         """Segment the images that the request names.
 
         Returns:
-            Image to MONAI Label's result, empty where the image failed.
+            Image to MONAI Label's result, empty if the image failed.
 
         Raises:
             CheckpointError: no model can be read, so that no image can be segmented.
@@ -67,7 +67,7 @@ class BatchInfer(BatchInferTask):
 
     def progress(self) -> dict[str, Any]:
         """How far the newest batch is: `model`, `started`, `done` and `total` images, and of those `done` the `failed`
-        ones, image to reason; `error` if it ended early. Empty where none ever ran."""
+        ones, image to reason; `error` if it ended early. Empty if none ever ran."""
         try:
             found = json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError):

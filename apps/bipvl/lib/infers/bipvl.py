@@ -40,7 +40,7 @@ class BiPVLInfer(InferInterface):
         return str(self.versions.path(served)) if served else None
 
     def served(self) -> int:
-        """The served version, 0 where there is none or the pointer is damaged."""
+        """The served version, 0 if there is none or the pointer is damaged."""
         return self.models.served()
 
     def config(self) -> dict[str, Any]:
@@ -81,14 +81,14 @@ class BiPVLInfer(InferInterface):
                 )
             task = task.with_concepts(options.concepts)
         # Nothing is computed for classes that were not asked for, by versions that learned to do without their rivals;
-        # others draw a class too large where nothing competes with it (docs/text.md), so there the rest is hidden.
+        # others draw a class too large if nothing competes with it (docs/research/text.md), so the rest is hidden.
         if task.model.head == "text" and task.training.drop_classes > 0:
             task = task.only(options.classes)
         warnings = [*loaded.warnings, *self._other_text(loaded)]
         return Segmentation(options, loaded, task, self.task, warnings)(chosen, callbacks)
 
     def _other_text(self, loaded: Loaded) -> list[str]:
-        """A warning where the next round will read other sentences than this version does."""
+        """A warning if the next round will read other sentences than this version does."""
         try:
             newest = newest_text(self.task, self.versions.folder)
         except TaskError as error:
@@ -100,7 +100,7 @@ class BiPVLInfer(InferInterface):
     # Models -------------------------------------------------------------------------------------------------------
 
     def loaded(self, device: str) -> tuple[int, BiPVLSeg, Task]:
-        """What answers requests now: version, model and its task. Not to be changed where requests use it too."""
+        """What answers requests now: version, model and its task. Not to be changed if requests use it too."""
         found = self.models.get(None, device)
         return found.version, found.model, found.task
 

@@ -47,7 +47,7 @@ class Models:
         self._lock = threading.Lock()
 
     def served(self) -> int:
-        """The served version, 0 where there is none or the pointer is damaged: a list of models must not fail."""
+        """The served version, 0 if there is none or the pointer is damaged: a list of models must not fail."""
         try:
             return self.versions.served or 0
         except CheckpointError as error:
@@ -57,8 +57,8 @@ class Models:
     def get(self, wanted: int | None, device: str) -> Loaded:
         """The model of a version on a device; None: the served one.
 
-        Where the served file is damaged or gone, its copy in memory answers, else the next best whole version, and a
-        warning says so. Fresh weights answer only where nothing was ever published. The lock is held while a model is
+        If the served file is damaged or gone, its copy in memory answers, else the next best whole version, and a
+        warning says so. Fresh weights answer only if nothing was ever published. The lock is held while a model is
         found or loaded, so that none is loaded twice, and never while one is used.
         """
         with self._lock:

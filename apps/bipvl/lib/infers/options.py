@@ -135,7 +135,7 @@ def batch_options(infer: OptionTable) -> OptionTable:
     """The table of `POST /batch/infer/<task>`: that of one image, and how the work is shared out."""
     return OptionTable(
         *(option for option in infer.values() if option.shown or option.name == "label_tag"),
-        Switch("multi_gpu", True, "use several GPUs, where there are"),
+        Switch("multi_gpu", True, "use several GPUs, if there are several"),
         GPUS,
         Number("max_workers", 1, "images at a time; 0: a quarter of the cores", low=0),
         Number("max_batch_size", 0, "at most so many images; 0: all", low=0),

@@ -18,7 +18,7 @@ from lib.upstream import InferTask, InferType, write_itk
 from lib.volumes import masks
 from lib.volumes.transforms import largest_components, load, restore, restore_map
 
-GPU_WINDOWS = 4  # windows a forward pass on a GPU; on a CPU batching windows gains nothing
+GPU_WINDOWS = 4  # windows per forward pass on a GPU; on a CPU batching windows gains nothing
 
 
 class Segmentation(InferTask):
@@ -109,7 +109,7 @@ class Segmentation(InferTask):
         }
 
     def writer(self, data: dict[str, Any], extension: str | None = None, dtype: Any = None) -> tuple[Any, Any]:
-        """The mask in a temporary file, and what the answer says. Where one cannot be written, none stays behind."""
+        """The mask in a temporary file, and what the answer says. If it cannot be written, nothing is left behind."""
         mask, affine = data["pred"], data["pred_meta_dict"]["affine"]
         source = str(data.get("image_path", ""))
         suffix = extension or data.get("result_extension") or (".nii" if source.endswith(".nii") else ".nii.gz")

@@ -24,7 +24,7 @@ def keep_freed_memory() -> bool:
     """Set it for this process; a process whose environment sets any MALLOC_* variable is left as it is.
 
     Returns:
-        Whether it was set: not where the C library is another than glibc.
+        Whether it was set: not if the C library is not glibc.
     """
     if any(name.startswith("MALLOC_") for name in os.environ):
         return False

@@ -102,7 +102,7 @@ def load_tensors(path: Path) -> Any:
     except (FileNotFoundError, NotADirectoryError):
         raise DamagedCheckpoint(f"{path}: no such checkpoint") from None
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise DamagedCheckpoint(f"{path}: damaged, or no checkpoint: {brief(error)}") from error
+        raise DamagedCheckpoint(f"{path}: damaged, or not a checkpoint: {brief(error)}") from error
 
 
 def restore_model(
@@ -113,7 +113,7 @@ def restore_model(
     Args:
         checkpoint: from `load`.
         path: for messages.
-        current: the task as it is now, where `check_same_task` has passed it: a network with the text head gets its
+        current: the task as it is now, if `check_same_task` has passed it: a network with the text head gets its
             classes, the new ones by their description (`Task.extended`).
 
     Raises:

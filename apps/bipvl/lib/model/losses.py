@@ -200,7 +200,7 @@ def class_map_loss(
         label, overlapping, classes: see `segmentation_loss`; the label is at full resolution.
 
     Returns:
-        Scalar, at least 0. Where cells are shared it stays above 0: the least cross-entropy is the entropy of s.
+        Scalar, at least 0. If cells are shared it stays above 0: the least cross-entropy is the entropy of s.
 
     >>> label = torch.tensor([[[[[0, 1]]]]])  # two voxels, one cell: half of it is class 1
     >>> round(class_map_loss(torch.zeros(1, 2, 1, 1, 1), label).item(), 4)  # Dice 0, log 2
@@ -249,7 +249,7 @@ def global_alignment_loss(
         present: boolean (B, C), the classes that each sample shows; None for all.
 
     Returns:
-        Scalar, at least 0: the mean over all B samples, where one with fewer than two present classes counts as 0
+        Scalar, at least 0: the mean over all B samples; one with fewer than two present classes counts as 0
         (it has nothing to tell apart).
 
     >>> round(global_alignment_loss(torch.eye(3)[None], torch.eye(3)[None]).item(), 4)  # log(1 + 2 exp(-1 / 0.2))
@@ -292,7 +292,7 @@ def local_alignment_loss(
         present: boolean (B, C), the classes that each sample shows; None for all.
 
     Returns:
-        Scalar, at least 0: the mean over all B samples, where one with fewer than two present classes counts as 0.
+        Scalar, at least 0: the mean over all B samples; one with fewer than two present classes counts as 0.
 
     >>> concepts, vision = torch.eye(5)[None, :, None], torch.eye(5)[None]
     >>> round(local_alignment_loss(concepts, vision).item(), 4)  # log(1 + 3 exp(-1 / 0.2))
@@ -306,7 +306,7 @@ def local_alignment_loss(
     similarity = torch.einsum("bikp,bjp->bkij", concepts, vision) / temperature
     positive = similarity.diagonal(dim1=2, dim2=3)
     number = present.shape[1]
-    # Where a sample shows fewer classes than the count asks for, top-k pads with -inf, which adds nothing to the sum.
+    # If a sample shows fewer classes than the count asks for, top-k pads with -inf, which adds nothing to the sum.
     count = min(hard_negatives, number - 1)
     not_negative = torch.eye(number, dtype=torch.bool, device=vision.device) | ~present[:, None, None, :]
 
@@ -360,7 +360,7 @@ class UncertaintyWeights(nn.Module):
 
     The parameter is `log_sigma` (n,), so that sigma stays positive; it starts at 0 (sigma = 1) and belongs in an
     optimiser group without weight decay. For fixed L_i the minimum lies at sigma_i^2 = L_i. A loss that is 0 throughout
-    (the alignment of a one-class task) has none: its log_sigma falls by at most the learning rate a step and weighs
+    (the alignment of a one-class task) has none: its log_sigma falls by at most the learning rate per step and weighs
     nothing but that zero.
 
     >>> UncertaintyWeights(3)(torch.tensor([1.0, 2.0, 3.0])).item()  # (1 + 2 + 3) / 2 at sigma = 1

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 CERTAIN = 10.0  # logit of background in a window without any content
 AIR = -900.0  # HU; air is -1000, aerated lung about -850
 PART = 32  # slices of the volume that are turned into probabilities at once
-NOISE = 3  # voxels a side over which the noise of a CT is averaged before it is compared with AIR
+NOISE = 3  # voxels per side over which the noise of a CT is averaged before it is compared with AIR
 
 
 @dataclass
@@ -172,7 +172,7 @@ def predict(
         image: (channels, h, w, d), preprocessed, on any device; may be smaller than the patch.
         task: patch, classes, overlap.
         overlap: share of a window that neighbours share, 0 to below 1; default the task's.
-        window_batch: windows a forward pass.
+        window_batch: windows per forward pass.
         tta: average over the flips that the task was trained with.
         sentences: text in place of the task's own.
         progress: told when memory runs short and a smaller setting is tried.

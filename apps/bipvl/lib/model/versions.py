@@ -262,7 +262,7 @@ class Versions:
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._locked():
             clear_unfinished(self.folder, "v*.pt")
-            # A number is never given twice, even where somebody has deleted the newest version.
+            # A number is never given twice, even if somebody has deleted the newest version.
             served = self._served_or_none()
             version = max([*self.numbers(), *numbered(self.folder, "v", "json"), served or 0], default=0) + 1
             manifest = {"parent": served, **checkpoint["manifest"]}

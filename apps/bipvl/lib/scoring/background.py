@@ -24,7 +24,7 @@ RETRY_SECONDS = 900.0  # after a failure that a look at the cases cannot explain
 
 
 class Background:
-    """A thread that starts scoring tasks and stops its own where they are in the way.
+    """A thread that starts scoring tasks and stops its own if they are in the way.
 
     Args:
         method: what is missing, and of which versions.

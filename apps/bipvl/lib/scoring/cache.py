@@ -3,7 +3,7 @@
     {"version": 3, "entropy": 0.21, "alignment": 0.64, "vector": "…"}      or      {"version": 3, "failed": "reason"}
 
 The vector is base64 of float16, about two kilobytes for a model of full size. Clients can write anything into an info:
-what cannot be read counts as no scores.
+what cannot be read does not count.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def version_of(info: Mapping[str, Any], model: str) -> int | None:
 
 
 def scores_of(info: Mapping[str, Any], model: str) -> CaseScores | None:
-    """An image's scores, None where there are none."""
+    """An image's scores, None if there are none."""
     entry = _entry(info, model)
     try:
         entropy, alignment = float(entry["entropy"]), float(entry["alignment"])

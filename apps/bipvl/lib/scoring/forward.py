@@ -55,7 +55,7 @@ def score_case(
 
 def _alignment(prediction: Prediction) -> float:
     """Mean over the classes that the model found: one that this scan does not show has nothing to agree with. Over all
-    where it found none."""
+    if it found none."""
     found = prediction.found()
     values = prediction.alignment[found] if found.any() else prediction.alignment
     return float(values.mean())

@@ -44,7 +44,7 @@ class Orphaned(Exception):
 
 
 class CaseScoring(ScoringMethod):
-    """Entropy, alignment and V_4 of the datastore's cases by the served version, in one forward pass a case.
+    """Entropy, alignment and V_4 of the datastore's cases by the served version, in one forward pass per case.
 
     Whatever the quantity it is called for, all three are kept in the image's info: a second method finds them there.
     Labelled cases and others take turns, in an order that depends on their names alone. Of the unlabelled ones at most
@@ -69,7 +69,7 @@ class CaseScoring(ScoringMethod):
         return {**super().info(), "config": self.options.offer(), "progress": read_progress(self.progress)}
 
     def missing(self, datastore: Any, model: str) -> list[str]:
-        """The cases that the served version of a model has not scored, in order; none where nothing is published."""
+        """The cases that the served version of a model has not scored, in order; none if nothing is published."""
         version = self.infers[model].served()
         if not version:
             return []
@@ -160,7 +160,7 @@ class CaseScoring(ScoringMethod):
 class DiceScoring(ScoringMethod):
     """Dice of a stored mask against the final label, class by class: how much annotators had to correct.
 
-    A class counts where either shows it; where a label declares the classes it was drawn for, only those.
+    A class counts if either shows it; if a label declares the classes it was drawn for, only those count.
     """
 
     def __init__(self, tasks: Mapping[str, Task]) -> None:
@@ -210,7 +210,7 @@ def dice_options(models: Iterable[str]) -> OptionTable:
 
 
 def read_progress(path: Path) -> dict[str, Any] | None:
-    """How far the scoring that ran last has come; None where none ran."""
+    """How far the scoring that ran last has come; None if none ran."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return found if isinstance(found, dict) else None

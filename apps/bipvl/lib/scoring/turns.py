@@ -15,7 +15,7 @@ class Turns:
     """One file that requests hold shared and the background waits for. The kernel lets go of it when a process ends.
 
     Args:
-        path: of the file, made when needed. Where it cannot be written, nobody waits.
+        path: of the file, made when needed. If it cannot be written, nobody waits.
     """
 
     def __init__(self, path: Path) -> None:

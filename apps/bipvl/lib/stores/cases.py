@@ -1,6 +1,6 @@
 """Cases: which images and labels there are, and which of them can be used.
 
-A case is a dictionary with `id`, `image` and `label`, the last two absolute paths, `label` None where there is none.
+A case is a dictionary with `id`, `image` and `label`, the last two absolute paths, `label` None if there is none.
 A label that was drawn for some classes only says so: `annotated` names them. One that came with names keeps them:
 `label_names` is label name to value, of what it shows.
 """
@@ -46,7 +46,7 @@ class Case(_Declared):
 class CaseAudit:
     """What was found in one labelled case.
 
-    counts: class name to voxels, for the classes that the label was annotated for; empty where it could not be read.
+    counts: class name to voxels, for the classes that the label was annotated for; empty if it could not be read.
     problem: why the case cannot be used.
     """
 

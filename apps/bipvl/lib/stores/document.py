@@ -62,14 +62,14 @@ class Document(BaseModel):
     announced: dict[str, Announced] = {}
 
     def entry(self, case: str) -> Entry:
-        """The entry of an image, made where there is none."""
+        """The entry of an image, made if there is none."""
         return self.objects.setdefault(case, Entry())
 
     def image(self, case: str) -> Record:
         return self.objects[case].image if case in self.objects else Record()
 
     def label(self, case: str, tag: str, path: Path) -> Record:
-        """The record that belongs to a label's file, also where a save was cut off between file and record."""
+        """The record that belongs to a label's file, even if a save was cut off between file and record."""
         announced = self.announced.get(f"{tag}/{case}")
         if announced and digest(path) == announced.sha256:
             return announced.record
@@ -96,7 +96,7 @@ class Infos:
         self._cache: tuple[Any, Document] | None = None
 
     def read(self) -> Document:
-        """The document as it is on disk, empty where there is none. Shared between callers: not to be changed."""
+        """The document as it is on disk, empty if there is none. Shared between callers: not to be changed."""
         try:
             stat = self.path.stat()
             signature: Any = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
@@ -128,7 +128,7 @@ class Infos:
                 generation = self.path.with_name(f"{STAGED}{uuid4().hex}")
                 link_or_copy(self.path, generation)
                 os.replace(generation, self.backup)
-                generation.unlink(missing_ok=True)  # replace does nothing where both are one file
+                generation.unlink(missing_ok=True)  # replace does nothing if both are one file
             os.replace(staged, self.path)
         except BaseException:
             staged.unlink(missing_ok=True)
@@ -185,7 +185,7 @@ def stage_copy(source: Path, folder: Path) -> Path:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Give a file a second name, or where the file system has no hard links, a copy.
+    """Give a file a second name, or if the file system has no hard links, a copy.
 
     Raises:
         FileExistsError: the target is there; it is never overwritten.
@@ -212,7 +212,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file, empty where it cannot be read."""
+    """SHA-256 of a file, empty if it cannot be read."""
     try:
         return sha256(path)
     except OSError:

@@ -38,7 +38,7 @@ class Store(Datastore):
 
     @abstractmethod
     def as_seg(self, image_id: str, model: str, version: int, mask: Path) -> Dataset:
-        """A model's mask of an image as a SEG, which counts as no label.
+        """A model's mask of an image as a SEG, which does not count as a label.
 
         Raises:
             StoreError: the images are not DICOM series.

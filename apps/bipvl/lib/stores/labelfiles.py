@@ -152,7 +152,7 @@ class LabelFiles:
                 document.settle(case, tag, None)
 
     def _keep(self, path: Path, case: str, tag: str, record: Record) -> list[Path]:
-        """Put a label and its info into the history too; returns the files made, none where they are there already."""
+        """Put a label and its info into the history too; returns the files made, none if they are there already."""
         folder = self._own_folder(self.folder / "history" / tag / case)
         there = path.lstat()
         # A save that was cut off may have kept it already.

@@ -33,7 +33,7 @@ class LabelFolder:
     """Files of a store, safe between threads and processes. "The caller holds the folder" is to be inside `writing`.
 
     Args:
-        path: made where it does not exist.
+        path: made if it does not exist.
         read_only: refuse every change; a folder that cannot be written to does the same by itself.
 
     Raises:
@@ -100,7 +100,7 @@ class LabelFolder:
         return copy.deepcopy(found)
 
     def counts_for_nothing(self) -> dict[str, Any]:
-        """Where there are any: `left_out`, images and label files that cannot be used, and why;
+        """If there are any: `left_out`, images and label files that cannot be used, and why;
         `labels_without_image`, label files whose name is that of no image."""
         images, problems = usable(self.path)
         left_out, lost = {**problems, **self.labels.problems()}, self.labels.without({*images, *problems})
@@ -174,7 +174,7 @@ class LabelFolder:
 
         Raises:
             NotInStoreError: there is no such label.
-            StoreError: no object, no list of class names, or names that no task has.
+            StoreError: not an object, not a list of class names, or names that no task has.
         """
         news, tag = refused(plain, info), check_tag(label_tag)
         if news.get("annotated") is not None:

@@ -1,7 +1,7 @@
 """The studies folder: images, their labels and what is known about them (`.labelfolder`).
 
 Layout and JSON are MONAI Label's own. Images and labels are listed from disk whenever they are asked for: a file added
-by hand appears without a restart, and nothing is lost where the JSON is.
+by hand appears without a restart, and if the JSON is lost, nothing else is.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class LocalStore(Store):
     """A folder of images and labels, safe between threads and processes.
 
     Args:
-        folder: made where it does not exist.
+        folder: made if it does not exist.
         read_only: refuse every change; a folder that cannot be written to does the same by itself.
         tasks: of this server; labels that come with names are kept in their values.
 
@@ -96,7 +96,7 @@ class LocalStore(Store):
         return [case for case in self._images() if case not in final]
 
     def datalist(self, full_path: bool = True) -> list[dict[str, Any]]:
-        """Cases with a final label: `id`, `image`, `label` and, where the label declares its classes, `annotated`."""
+        """Cases with a final label: `id`, `image`, `label` and, if the label declares its classes, `annotated`."""
         final, infos = volumes(self._labels.folder / FINAL), self._infos.read()
         cases = []
         for case, image in self._images().items():
@@ -134,11 +134,11 @@ class LocalStore(Store):
         return dict.fromkeys(self._kept.tags_of(image_id), image_id)
 
     def get_label_by_image_id(self, image_id: str, tag: str) -> str:
-        """The label's id, empty where there is no such label."""
+        """The label's id, empty if there is no such label."""
         return image_id if self._labels.of(image_id, check_tag(tag)) else ""
 
     def status(self) -> dict[str, Any]:
-        """How many images there are and how many are labelled; and, where there are any, what counts for nothing."""
+        """How many images there are and how many are labelled; and, if there are any, what counts for nothing."""
         images = self._images()
         tags = {tag: sum(case in images for case in volumes(self._labels.folder / tag)) for tag in self._labels.tags()}
         return {
@@ -320,7 +320,7 @@ class LocalStore(Store):
         return paths[0]
 
     def _may_be_image(self, case: str) -> bool:
-        """Whether an image can have, or has had, this id: what was drawn on it is kept also where it is gone."""
+        """Whether an image can have, or has had, this id: what was drawn on it is kept even if it is gone."""
         try:
             return check_new_id(case) == case
         except StoreError:  # a name that somebody gave it by hand

@@ -2,7 +2,7 @@
 
 Who needs several takes them from the first of `Order` to the last, and none of one place while holding another of it;
 every `Lock` checks that. What has to be looked up or downloaded is looked up before a later lock is taken: whoever
-changes a folder (`lib.stores.labelfolder`) knows the image and the label already. Nobody waits for ever.
+changes a folder (`lib.stores.labelfolder`) knows the image and the label already. Nobody waits forever.
 
 Other locks (sessions, accounts, models in memory, versions, revisions) are taken alone: nothing that is done under them
 takes another one, but for a shipped model, which is published while its own lock is held.
@@ -54,7 +54,7 @@ class Lock:
         self._lock = threading.RLock()
 
     def __enter__(self) -> Lock:
-        """Raises BusyError where others hold it for too long."""
+        """Raises BusyError if others hold it for too long."""
         held = _HELD.locks
         late = [other.what for other in held if other is not self and other.place >= self.place]
         assert self in held or not late, f"{self.what} is locked while holding {', '.join(late)}: not in order"

@@ -76,7 +76,7 @@ class Renaming:
         return changed
 
     def header(self, path: Path) -> bytes | None:
-        """The bytes of a `.seg.nrrd` after the change, None where its header does not name the class."""
+        """The bytes of a `.seg.nrrd` after the change, None if its header does not name the class."""
         if not path.name.lower().endswith(".seg.nrrd"):
             return None
         content = path.read_bytes()

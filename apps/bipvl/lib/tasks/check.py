@@ -99,7 +99,7 @@ def check(task: Task, count_tokens: Callable[[str], int] | None = None, max_toke
 def estimate_tokens(text: str) -> int:
     """A high estimate of a text's WordPiece tokens, for use without a tokenizer: one token for every two letters begun
     of each word, one for each other sign, and two special tokens. English vocabularies keep most words whole, so real
-    counts are lower. (The strict bound, one token a character, would refuse nearly every definition.)
+    counts are lower. (The strict bound, one token per character, would refuse nearly every definition.)
     """
     return _SPECIAL_TOKENS + sum((len(part) + 1) // 2 for part in re.findall(r"\w+|[^\w\s]", text))
 
@@ -183,7 +183,7 @@ def _class_sentence(task: Task) -> Iterator[Problem]:
 
 
 def _sides(task: Task) -> Iterator[Problem]:
-    """Left or right must be stated where the class has a twin, in the task or by its DICOM laterality."""
+    """Left or right must be stated if the class has a twin, in the task or by its DICOM laterality."""
     structures = task.regions if task.regions is not None else task.labels
     for name, text in _texts(task):
         words = _words(name)

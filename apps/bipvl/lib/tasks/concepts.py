@@ -43,7 +43,7 @@ class Review(StrictModel):
 
 
 class ClassText(StrictModel):
-    """The text of one class: a sentence an attribute, and K loosely worded sentences for the format `ambiguous`."""
+    """The text of one class: one sentence per attribute, and K loosely worded sentences for the format `ambiguous`."""
 
     sentences: dict[str, str]
     ambiguous: tuple[str, ...] = ()
@@ -61,7 +61,7 @@ class Concepts(StrictModel):
 
         Args:
             classes: class names, in the order of the rows wanted.
-            text_format: `concepts` (one sentence an attribute), `ambiguous` (non-fixed sentences), `definition`
+            text_format: `concepts` (one sentence per attribute), `ambiguous` (non-fixed sentences), `definition`
                 (all attributes in one text, K = 1) or `name` (the class name only, K = 1).
 
         Returns:

@@ -304,7 +304,7 @@ def remaining(task: Task, target: Path) -> list[Problem]:
 
 
 def _free(path: Path) -> Path:
-    """The path, with a number where it is taken."""
+    """The path, with a number if it is taken."""
     number = 1
     while path.exists():
         number += 1

@@ -72,7 +72,7 @@ def task_data(name: str | Path, overrides: dict[str, Any] | None = None) -> tupl
 
 
 def concepts_file(path: Path, data: dict[str, Any]) -> Path:
-    """Where the sentences of a task file are: `data["concepts"]` beside it, or in `concepts/`. Where neither is a file,
+    """Where the sentences of a task file are: `data["concepts"]` beside it, or in `concepts/`. If neither is a file,
     the place for it."""
     beside, shipped = path.parent / data["concepts"], CONCEPTS_DIR / data["concepts"]
     candidates = [c for c in (beside, shipped) if c.resolve() != path.resolve()]
@@ -131,7 +131,7 @@ def _override(data: dict[str, Any], dotted: str, value: Any, path: Path) -> None
 
 
 def _explain(error: ValidationError, model: type[BaseModel], source: str) -> str:
-    """One line a problem: the file, the dotted key, what is wrong and what is valid."""
+    """One line per problem: the file, the dotted key, what is wrong and what is valid."""
     lines = []
     for problem in error.errors():
         key = ".".join(str(p) for p in problem["loc"])

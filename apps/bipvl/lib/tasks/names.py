@@ -68,4 +68,4 @@ def _problem(name: str) -> str | None:
         return "holds a character that cannot be seen"
     if found := next((c for c in name if c in SEPARATORS), None):
         return f"holds {found!r}"
-    return "means the background, which is no class" if folded(name) == BACKGROUND else None
+    return "means the background, which is not a class" if folded(name) == BACKGROUND else None

@@ -128,7 +128,7 @@ class Training(StrictModel):
     weight_decay: Annotated[float, Field(ge=0)] = 1e-5
     hard_negatives: Annotated[int, Field(ge=1)] = 3
     temperature: Annotated[float, Field(gt=0)] = 0.2
-    text_interval: Annotated[int, Field(ge=1)] = 1  # steps a reading of the text lasts (docs/running/training.md)
+    text_interval: Annotated[int, Field(ge=1)] = 1  # steps that a reading of the text lasts (docs/running/training.md)
     text_noise: Annotated[float, Field(ge=0)] = 0.01
     drop_classes: Annotated[float, Field(ge=0, le=1)] = 0.0  # text head: share of steps that know some classes only
     drop_concepts: Annotated[float, Field(ge=0, le=1)] = 0.0  # text head: share of steps that read some sentences only
@@ -264,7 +264,7 @@ class Task(StrictModel):
     def annotated(self, names: Sequence[str] | None) -> tuple[bool, ...]:
         """Which classes a label that declares `names` was annotated for, in channel order; None declares all.
 
-        A region counts where it is named itself or all its labels are.
+        A region counts if it is named itself or all its labels are.
 
         Raises:
             TaskError: an unknown name, or no name at all.

@@ -1,4 +1,4 @@
-"""The train task, as MONAI Label's app and the command line know it: options, statistics, and one round a call."""
+"""The train task, as MONAI Label's app and the command line know it: options, statistics, and one round per call."""
 
 from __future__ import annotations
 

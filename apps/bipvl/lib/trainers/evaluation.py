@@ -30,13 +30,13 @@ def score_cases(
 ) -> CaseScores:
     """Score a model on whole volumes, on the grid of its own task.
 
-    Dice is 1 where prediction and label are both empty and 0 where only one of them is. Classes that a label was not
+    Dice is 1 if prediction and label are both empty and 0 if only one of them is. Classes that a label was not
     annotated for are left out.
 
     Args:
         model: on the device to use.
         task: the task that the model was trained for.
-        cases: with `id`, `image`, `label` and, where a label is partial, `annotated`.
+        cases: with `id`, `image`, `label` and, if a label is partial, `annotated`.
         examined: is told of every case.
     """
     scores, was_training = CaseScores(), model.training
@@ -72,7 +72,7 @@ def _masks(prediction: Prediction, task: Task, label: Tensor) -> tuple[Tensor, T
 
 
 def class_dice(pred: Tensor, label: Tensor) -> list[float]:
-    """Dice of each channel of two masks (C, …): 1 where both are empty, 0 where one is."""
+    """Dice of each channel of two masks (C, …): 1 if both are empty, 0 if one is."""
     pred, label = pred.flatten(1).double(), label.flatten(1).double()
     overlap, total = 2 * (pred * label).sum(1), pred.sum(1) + label.sum(1)
     return torch.where(total > 0, overlap / total.clamp_min(1), torch.ones_like(total)).tolist()

@@ -17,7 +17,7 @@ Scores = Mapping[str, Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Row:
-    """One class, or the mean: Dice of both models; None where it was not judged."""
+    """One class, or the mean: Dice of both models; None if it was not judged."""
 
     name: str
     served: float | None
@@ -37,7 +37,7 @@ class Decision:
     publish: serve the candidate. Else it is kept as a version that is not served.
     judged: the two models were compared.
     reason: a sentence for the user.
-    rows: a row a class, and the mean last.
+    rows: one per class, and the mean last.
     cases: what both were scored on.
     """
 
@@ -48,7 +48,7 @@ class Decision:
     cases: tuple[str, ...]
 
     def table(self) -> str:
-        """A line a class; short, because clients show the last twenty lines of a round only."""
+        """One line per class; short, because clients show only the last twenty lines of a round."""
         width = max(len(row.name) for row in self.rows)
         lines = [f"{'Dice':<{width}}  served  candidate  difference"]
         for row in self.rows:
@@ -93,7 +93,7 @@ def decide(
     its mean over cases, mean Dice the mean of these over classes, so that a rare class weighs as much as any other.
 
     Args:
-        served: None where nothing is served: the candidate is published as the first.
+        served: None if nothing is served: the candidate is published as the first.
         candidate: scores of the candidate; cases that either model was trained on are not to be among them.
         classes: all classes, in the order of the table.
         margin: how much Dice one class may lose.

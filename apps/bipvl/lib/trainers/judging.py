@@ -47,7 +47,7 @@ def judge(
     """Decide whether a round's model may take the place of the served version.
 
     With validation cases both models are scored on those that neither was trained on. Without, cross-validation stands
-    in: the candidate's score of a case is that of the fold that left it out. The served version's is its own where it
+    in: the candidate's score of a case is that of the fold that left it out. The served version's is its own if it
     never saw the case, else that of its own cross-validation, if that ran with the same epochs.
 
     Args:
@@ -228,7 +228,7 @@ def manifest_of(this: Round, context: Context, task: Task) -> dict[str, Any]:
 
 
 def _per_class(task: Task, values: Any) -> dict[str, float | None]:
-    """Class name to Dice; None where the validation cases do not hold the class."""
+    """Class name to Dice; None if the validation cases do not hold the class."""
     if values is None:
         return {}
     numbers = torch.as_tensor(values).flatten().tolist()

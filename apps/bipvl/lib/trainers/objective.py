@@ -43,7 +43,7 @@ class TrainingNetwork(nn.Module):
 
         Args:
             image: (B, channels, H, W, D).
-            label: (B, 1, H, W, D) class indices, or (B, C, H, W, D) regions where classes overlap.
+            label: (B, 1, H, W, D) class indices, or (B, C, H, W, D) regions if classes overlap.
             annotated: (B, C) boolean, the classes that each label was drawn for; None for all. The others are left out
                 of the losses. (The paper's class embedding follows the decoder, not the label.)
 
@@ -67,7 +67,7 @@ class TrainingNetwork(nn.Module):
         present = _present(label, len(classes), task.overlapping)
         if annotated is not None:
             present = present & annotated
-            # Marginal probabilities cost memory: the plain loss does where nothing is left out.
+            # Marginal probabilities cost memory: the plain loss does if nothing is left out.
             annotated = None if annotated.all() else annotated
 
         segmentation = segmentation_loss(output.logits, label, task.overlapping, annotated)
@@ -100,7 +100,7 @@ class TrainingNetwork(nn.Module):
 
         The paper has one rate, and so do the defaults. Narrow networks from scratch need a rate for the vision side at
         which a BERT collapses (all sentences become one vector), and at BERT's rate BiFusion stays the noise that it
-        begins as (docs/research/accuracy.md). The head and the class maps belong to vision, also where they read: their
+        begins as (docs/research/accuracy.md). The head and the class maps belong to vision, even if they read: their
         text comes normalised, and at the language's rate they lag behind.
 
         `learning_rate`: the vision side's, to be given to the optimiser too; default the task's.
@@ -128,7 +128,7 @@ class TrainingNetwork(nn.Module):
 
 
 def unwrapped(network: Any) -> TrainingNetwork:
-    """The network itself, also where several GPUs train it."""
+    """The network itself, even if several GPUs train it."""
     return network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
 
 

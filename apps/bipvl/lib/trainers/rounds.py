@@ -59,7 +59,7 @@ class Round:
     identity: what must be the same for the round to be resumed.
     parent: the version that the round starts from, None for fresh weights.
     seen: the cases that the parent and its ancestors were trained on.
-    cross_validation: scores of the folds so far, None where there is none.
+    cross_validation: scores of the folds so far, None if there is none.
     fold: the fold that is being trained, None for the round's own model.
     saved: the state to resume from, None for a fresh start.
     """
@@ -106,7 +106,7 @@ def only_round(model_dir: Path, task: str) -> Iterator[None]:
 
 
 def _clear(model_dir: Path) -> None:
-    """Remove what killed rounds left, whatever their names. Only for whom no other round can be running."""
+    """Remove what killed rounds left, whatever their names. Call it only if no other round can be running."""
     for pattern in ("v*.html", "split.json", "train_stats.json"):
         clear_unfinished(model_dir, pattern)
     for run in model_dir.iterdir():
@@ -136,7 +136,7 @@ def identity(task: Task, request: dict[str, Any], training: list[str], validatio
 
 
 def load_saved(path: Path, expected: dict[str, Any]) -> dict[str, Any] | None:
-    """The state of a round that was stopped; None where there is none.
+    """The state of a round that was stopped; None if there is none.
 
     Raises:
         ValueError: damaged, or of a round with another task, other options or other cases; says which.

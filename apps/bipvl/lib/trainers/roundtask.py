@@ -44,12 +44,12 @@ FOLDS = range(2, 5)  # with so few cases each validates once, in cross-validatio
 
 
 class RoundTask(TrainTask):
-    """One round of training, or one fold of its cross-validation: an object a round, which holds what its steps share.
+    """One round of training, or one fold of its cross-validation: one object per round holds what its steps share.
 
     Args:
         task: what to segment, with the sentences to read.
         model_dir: the task's folder for versions, runs and the remembered split.
-        this: the round, where it is prepared already; `pre_process` prepares it otherwise.
+        this: the round, if it is prepared already; `pre_process` prepares it otherwise.
     """
 
     this: Round
@@ -117,7 +117,7 @@ class RoundTask(TrainTask):
         return super().train(rank, world_size, request, datalist)
 
     def _cross_validate(self, rank: int, world_size: int, request: dict[str, Any], datalist: list) -> None:
-        """Train a fold for each case, where there are so few that none can be set aside."""
+        """Train a fold for each case, if there are so few that none can be set aside."""
         this = self.this
         count = len(this.training)
         if not this.validation and count in FOLDS and request["cross_validate"] and not request["multi_gpu"]:

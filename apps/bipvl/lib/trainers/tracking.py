@@ -1,4 +1,4 @@
-"""What a round tells while it runs: a line an epoch, TensorBoard, MLflow, and the statistics that clients ask for."""
+"""What a round reports while it runs: one line per epoch, TensorBoard, MLflow, the statistics that clients ask for."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Tracker:
     """Collects every loss part, each sigma, learning rate, throughput and Dice per class.
 
     The line of each epoch goes to the log, whose last lines are what `GET /train/` returns; scalars go to TensorBoard
-    (the run's events folder) and, where tracking is `mlflow`, to MLflow. The store is SQLite: today's MLflow refuses
+    (the run's events folder) and, if tracking is `mlflow`, to MLflow. The store is SQLite: today's MLflow refuses
     the file store.
 
     Args:

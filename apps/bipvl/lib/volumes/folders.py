@@ -29,7 +29,7 @@ class Listing:
 def listing(folder: Path) -> Listing:
     """The volumes of a folder, without hidden files (archives made on macOS carry a `._` twin of every file).
 
-    A file that cannot be read or named costs itself alone. Empty where the folder does not exist.
+    A file that cannot be read or named costs itself alone. Empty if the folder does not exist.
 
     Raises:
         OSError: the folder itself cannot be listed.
@@ -104,7 +104,7 @@ def twins(case: str, paths: Sequence[Path]) -> str:
 
 
 def newest(paths: Sequence[Path]) -> Path:
-    """The label that counts where one image has several, as after a save that was cut off."""
+    """The label that counts if one image has several, as after a save that was cut off."""
     return max(paths, key=lambda path: (path.stat().st_mtime_ns if path.exists() else 0, path.name))
 
 

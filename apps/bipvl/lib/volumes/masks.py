@@ -31,7 +31,7 @@ def write_mask(path: Path, mask: np.ndarray, affine: np.ndarray, source: str, la
     Args:
         mask: (H, W, D) integers, 0 for background.
         affine: voxels to RAS millimetres.
-        source: the image's file; where it is NIfTI, a NIfTI mask copies its geometry.
+        source: the image's file; if it is NIfTI, a NIfTI mask copies its geometry.
         labels: names, values and colours, which a `.seg.nrrd` carries.
     """
     if path.name.endswith(".nrrd"):
@@ -43,7 +43,7 @@ def write_mask(path: Path, mask: np.ndarray, affine: np.ndarray, source: str, la
 def _write_nrrd(path: Path, mask: np.ndarray, affine: np.ndarray, labels: Mapping[str, Label]) -> None:
     header: dict[str, Any] = {
         "space": "left-posterior-superior",
-        "space directions": affine[:3, :3].T * LPS_FROM_RAS,  # one row an axis of the array
+        "space directions": affine[:3, :3].T * LPS_FROM_RAS,  # one row per axis of the array
         "space origin": affine[:3, 3] * LPS_FROM_RAS,
         "kinds": ["domain"] * 3,
         "encoding": "gzip",

@@ -29,7 +29,7 @@ METRICS = ("dice", "hd95", "nsd")
 
 @dataclass(frozen=True)
 class Row:
-    """One class of one case: Dice, HD95 in mm, surface Dice, and voxels of both masks. NaN where not counted."""
+    """One class of one case: Dice, HD95 in mm, surface Dice, and voxels of both masks. NaN if not counted."""
 
     case: str
     name: str
@@ -42,7 +42,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Statistic:
-    """Mean and standard deviation (n in the denominator) over what is counted; NaN where n is 0."""
+    """Mean and standard deviation (n in the denominator) over what is counted; NaN if n is 0."""
 
     mean: float
     std: float
@@ -70,10 +70,10 @@ def evaluate_volumes(
     case: str = "",
     tolerance: float = 2.0,
 ) -> list[Row]:
-    """Score a predicted label volume against a reference on the same grid, a row a class of the task.
+    """Score a predicted label volume against a reference on the same grid, one row per class of the task.
 
     Args:
-        prediction: (H, W, D) label values, as files hold them; regions are formed from them where classes overlap.
+        prediction: (H, W, D) label values, as files hold them; regions are formed from them if classes overlap.
         reference: the same.
         spacing: voxel size along the three axes, mm.
         tolerance: of the surface Dice, mm: surface voxels this near to the other surface count as agreeing.
@@ -142,7 +142,7 @@ def summary(rows: Sequence[Row]) -> dict[str, dict[str, Statistic]]:
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """One line a row. What is not counted is an empty field."""
+    """One line per row. What is not counted is an empty field."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow([f.name for f in fields(Row)])

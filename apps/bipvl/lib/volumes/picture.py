@@ -1,4 +1,4 @@
-"""A picture of a volume and of masks on it: three planes, one row a mask, in the task's colours.
+"""A picture of a volume and of masks on it: three planes, one row per mask, in the task's colours.
 
 Planes are shown as radiologists see them: the patient's right on the left of axial and coronal planes, the face to the
 left on sagittal ones, head up. Everything is placed by affine, so a mask stored in another orientation than its image
@@ -29,10 +29,10 @@ MISSED, EXTRA, CONFUSED = (66, 133, 244), (234, 88, 12), (217, 70, 239)  # colou
 
 
 def picture(task: Task, image: Path, masks: Mapping[str, Path], out: Path) -> None:
-    """Draw axial, coronal and sagittal planes through the centre of the first mask: a row for the image, one a mask.
+    """Draw axial, coronal and sagittal planes through the centre of the first mask: a row for the image, one per mask.
 
     Args:
-        task: colours and names of the labels, and the grey window: `intensity` where its mode is `range`, else the 1st
+        task: colours and names of the labels, and the grey window: `intensity` if its mode is `range`, else the 1st
             to the 99th percentile of the voxels that are not 0. Of several channels the first is shown.
         image: a volume of the task.
         masks: title of the row to label file, on the image's grid in any orientation.
@@ -117,7 +117,7 @@ def to_ras(array: NDArray, affine: NDArray) -> NDArray:
 
 
 def to_ras_axes(affine: NDArray, values: NDArray) -> NDArray:
-    """One value a stored axis, put into the order of the RAS axes."""
+    """One value per stored axis, put into the order of the RAS axes."""
     axes = orientations.io_orientation(affine)[:, 0].astype(int)
     return values[np.argsort(axes)]
 
@@ -132,7 +132,7 @@ def window(volume: NDArray, task: Task) -> NDArray:
 
 
 def _centre(mask: NDArray) -> tuple[int, int, int]:
-    """The mean voxel of a mask; the middle of the volume where it is empty."""
+    """The mean voxel of a mask; the middle of the volume if it is empty."""
     places = np.argwhere(mask)
     i, j, k = (np.round(places.mean(0)) if len(places) else np.array(mask.shape) // 2).astype(int).tolist()
     return i, j, k

@@ -193,7 +193,7 @@ def _varies(values: Tensor) -> bool:
 def align_label(label: MetaTensor, image: MetaTensor) -> MetaTensor:
     """Turn a label (1, ...) stored in any orientation to its image's voxel order; no value is interpolated.
 
-    Where a header places its volume twice and differently (`lib.volumes.nifti`), the label fits if it fits by one of
+    If a header places its volume twice and differently (`lib.volumes.nifti`), the label fits if it fits by one of
     the ways, and by no other in another voxel order. The log says which was taken if ITK would take another.
 
     Raises:
@@ -302,7 +302,7 @@ def encode(values: Tensor, task: Task, source: str = "label") -> Tensor:
         source: what to name in an error.
 
     Returns:
-        float32, (1, H, W, D) class indices with 0 for background; where classes overlap (C, H, W, D) of 0 and 1.
+        float32, (1, H, W, D) class indices with 0 for background; if classes overlap (C, H, W, D) of 0 and 1.
 
     Raises:
         ValueError: values that the task does not know, as `unknown_values` says it.
@@ -324,7 +324,7 @@ def encode(values: Tensor, task: Task, source: str = "label") -> Tensor:
 
 
 def rounded(values: np.ndarray) -> np.ndarray:
-    """Label values without a float's error: 1 for 0.9999999. What is no whole number stays as it is."""
+    """Label values without a float's error: 1 for 0.9999999. What is not a whole number stays as it is."""
     whole = np.rint(values)
     return np.where(np.abs(values - whole) <= WHOLE, whole, values)
 

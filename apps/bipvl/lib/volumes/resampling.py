@@ -1,7 +1,7 @@
 """Probabilities on the network's grid to decisions on a file's grid whose axes are parallel to it, as they nearly
-always are: linear interpolation is then one interpolation an axis, and most voxels need none.
+always are: linear interpolation is then one interpolation per axis, and most voxels need none.
 
-A voxel between eight network voxels of one and the same decision gets that decision: where a class is the most probable
+A voxel between eight network voxels of one and the same decision gets that decision: if a class is the most probable
 one at all corners, it is so in every mixture of them, and a probability above one half at all corners is above it
 between them. Only voxels near a border between classes are interpolated.
 """
@@ -22,7 +22,7 @@ DENSE = 0.25  # share of voxels from which on interpolating all of a slab is fas
 def parallel_axes(to_source: Tensor) -> tuple[int, int, int] | None:
     """Which source axis each target axis runs along, given the affine (4, 4) from target to source voxels.
 
-    Returns None where some target axis crosses several source axes (a sheared grid).
+    Returns None if some target axis crosses several source axes (a sheared grid).
     """
     matrix = to_source[:3, :3].abs()
     first, second, third = matrix.argmax(0).tolist()

@@ -40,7 +40,7 @@ class SeriesError(ValueError):
 class Volume:
     """The grid of a series, and its headers.
 
-    headers: one a slice, in the order of the third axis.
+    headers: one per slice, in the order of the third axis.
     affine: (4, 4), voxel indices to RAS+ millimetres.
     """
 
@@ -57,7 +57,7 @@ def read_headers(folder: Path) -> Volume:
     """The volume that a folder of one series' files holds.
 
     Raises:
-        SeriesError: a tag is missing, or the slices are no even stack.
+        SeriesError: a tag is missing, or the slices are not an even stack.
     """
     return volume_of([dcmread(file, stop_before_pixels=True) for file in sorted(folder.glob("*.dcm"))])
 
@@ -127,11 +127,11 @@ def volume_of(headers: Sequence[Dataset], required: Sequence[str] = REQUIRED) ->
         same = (ds.Rows, ds.Columns) == (first.Rows, first.Columns)
         same &= np.allclose(np.array(ds.PixelSpacing, float), np.array(first.PixelSpacing, float), rtol=1e-4)
         if not same or np.abs(np.array(ds.ImageOrientationPatient, float) - orientation).max() > ANGLE:
-            raise SeriesError(f"{_name(ds)}: the slices differ in size, pixel spacing or orientation: no volume")
+            raise SeriesError(f"{_name(ds)}: the slices differ in size, pixel spacing or orientation: not a volume")
     row, column = orientation[:3], orientation[3:]
     normal = np.cross(row, column)
     if abs(np.linalg.norm(normal) - 1) > 0.01:
-        raise SeriesError(f"{_name(first)}: ImageOrientationPatient {orientation.tolist()}: no right angle")
+        raise SeriesError(f"{_name(first)}: ImageOrientationPatient {orientation.tolist()}: not a right angle")
     ordered = sorted(headers, key=lambda ds: float(np.dot(normal, np.array(ds.ImagePositionPatient, float))))
     places = np.array([[float(x) for x in ds.ImagePositionPatient] for ds in ordered])
     step = (places[-1] - places[0]) / (len(ordered) - 1)
@@ -146,11 +146,11 @@ def volume_of(headers: Sequence[Dataset], required: Sequence[str] = REQUIRED) ->
 
 
 def _check_slice(ds: Dataset, required: Sequence[str]) -> None:
-    """Raises SeriesError where a file is no slice of a volume, with what it is instead."""
+    """Raises SeriesError if a file is not a slice of a volume, with what it is instead."""
     if int(_read(ds, "NumberOfFrames") or 1) > 1 or "Enhanced" in _kind(ds):
         raise SeriesError(
             f"{_name(ds)}: a multi-frame image ({_kind(ds)}), which holds many slices in one file: export the series "
-            "with one file a slice"
+            "with one file per slice"
         )
     for name in required:
         if _read(ds, name) not in (None, "", []):
@@ -175,7 +175,7 @@ def _are_numbers(values: Any, count: int) -> bool:
 
 
 def _read(ds: Dataset, name: str) -> Any:
-    """The value of a tag, None where it is missing.
+    """The value of a tag, None if it is missing.
 
     Raises:
         SeriesError: not a value of its kind.
@@ -211,7 +211,7 @@ def write_nifti(files: dict[str, Path], volume: Volume, target: Path) -> None:
         files: SOP instance UID to the slice's file, of any transfer syntax that GDCM reads.
 
     Raises:
-        SeriesError: pixels that cannot be read, or that are no grey values.
+        SeriesError: pixels that cannot be read, or that are not grey values.
     """
     voxels = _stack(volume, [files[str(ds.SOPInstanceUID)] for ds in volume.headers])
     image = nib.Nifti1Image(voxels, volume.affine)

@@ -46,9 +46,9 @@ def load(task: Task, label: bool) -> list[Transform]:
     """The deterministic part: from files to the network's grid (paper, Table 4).
 
     Input keys: `image`, the path of a NIfTI or NRRD file or of a DICOM folder; with `label` also `label`, a file on
-    the image's grid in any orientation, and where that is partial `annotated`, the names of its classes
+    the image's grid in any orientation, and if that is partial `annotated`, the names of its classes
     (`Task.annotated`). Output: `image` (channels, h, w, d) float32, RAS, `task.spacing` mm, cropped to its foreground;
-    `label` on the same grid, float32, (1, h, w, d) class indices, or (C, h, w, d) regions where classes overlap;
+    `label` on the same grid, float32, (1, h, w, d) class indices, or (C, h, w, d) regions if classes overlap;
     `annotated` (C,) boolean. `image.meta` keeps `original_affine` and `spatial_shape`, which `restore` needs.
 
     Raises (when applied):
@@ -78,7 +78,7 @@ def augment(task: Task, patches: int) -> list[Transform]:
 
     Takes what `load(task, label=True)` returns and gives a list of `patches` such dictionaries, all of size
     `task.patch`. Background and every class present are equally likely patch centres, so that rare classes are seen.
-    Axes are flipped only where `task.augmentation.flip` names them.
+    Axes are flipped only if `task.augmentation.flip` names them.
     """
     keys, settings = ["image", "label"], task.augmentation
     steps: list[Transform] = [SpatialPadd(keys, spatial_size=task.patch)]
@@ -222,7 +222,7 @@ def restore(probabilities: Tensor, image: MetaTensor | Mapping[str, Any], task: 
         image: what `load` returned for the image, or its `meta` with `affine`, `original_affine`, `spatial_shape`.
 
     Returns:
-        (H, W, D) label values as annotators edit them, uint8, or uint16 where a value exceeds 255.
+        (H, W, D) label values as annotators edit them, uint8, or uint16 if a value exceeds 255.
     """
     if probabilities.ndim != 4 or probabilities.shape[0] != task.out_channels:
         raise ValueError(

@@ -388,4 +388,4 @@ def test_folder_of_studies_has_no_archive(tmp_path: Path) -> None:
     with serving(str(tmp_path)) as url:
         answer = requests.get(f"{url}/qido/studies", timeout=WAIT)
     assert answer.status_code == 404
-    assert "no DICOMweb archive" in answer.json()["detail"]
+    assert "this server's studies are not a DICOMweb archive" in answer.json()["detail"]

@@ -153,7 +153,7 @@ def test_ways_to_infer(server, studies):
         ("GET", "/model/quickstart", {}, 404, "no version is published yet"),
         ("POST", "/model/quickstart/versions/3/serve", {}, 404, "no version 3; valid are none yet"),
         ("GET", "/train/", {}, 404, "No Train Tasks Found"),
-        ("GET", "/proxy/dicom/studies", {}, 404, "no DICOMweb archive"),
+        ("GET", "/proxy/dicom/studies", {}, 404, "this server's studies are not a DICOMweb archive"),
         ("GET", "/logs/?lines=0", {}, 422, "lines"),
         ("GET", "/nothing", {}, 404, "Not Found"),
         ("POST", "/info/", {}, 405, "Method Not Allowed"),

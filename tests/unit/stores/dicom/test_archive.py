@@ -113,7 +113,7 @@ def test_missing_tag_is_refused_and_the_drawing_is_kept(
     with pytest.raises(SeriesError, match="the DICOM tag ImagePositionPatient is missing.*kept as labels/rejected"):
         store.save_label(uid, str(file), "final", {})
     assert len(rejected(store.folder, uid)) == 1
-    assert store.get_unlabeled_images() == [series]  # what is no volume is not offered again
+    assert store.get_unlabeled_images() == [series]  # what is not a volume is not offered again
     archive.remove_series(uid)
 
 

@@ -150,7 +150,7 @@ def test_such_an_image_is_labelled_through_the_archive(
         f"series {uid}: left out of its segmentations, as the values are not valid DICOM: StudyTime (TM), "
         "PatientBirthDate (DA), PatientWeight (DS)"
     ]
-    assert "70,5" not in caplog.text, "values of a patient do not belong into a log"
+    assert "70,5" not in caplog.text, "values of a patient do not belong in a log"
     assert caplog.text.count(f"series {uid}: FrameOfReferenceUID is missing") == 1
 
 

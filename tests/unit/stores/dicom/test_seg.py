@@ -251,7 +251,7 @@ def test_frames_may_be_turned_and_mirrored(seg: Dataset, mask: np.ndarray, volum
 
 
 def test_frames_may_cover_a_part(mask: np.ndarray, volume: Volume, amos: Task, tmp_path: Path) -> None:
-    """Cropped to where something is drawn, with a bit count that is no multiple of eight."""
+    """Cropped to where something is drawn, with a bit count that is not a multiple of eight."""
     cropped = mask.copy()
     cropped[[0, 11]] = 0
     written(cropped, volume, amos).save_as(tmp_path / "seg.dcm")

@@ -40,7 +40,7 @@ console = Console()
 
 TaskOption = Annotated[str, typer.Option("--task", help="name of a shipped task, or path of your own task file")]
 DataOption = Annotated[Path, typer.Option("--data", help="MONAI Label folder (labels in labels/final), or a JSON list")]
-ModelDirOption = Annotated[Path, typer.Option("--model-dir", help="where versions are kept, a folder a task inside")]
+ModelDirOption = Annotated[Path, typer.Option("--model-dir", help="where versions are kept, one folder per task")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="change a value, e.g. model.feature_size=12")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; default: the GPU if there is one")]
 VersionOption = Annotated[str, typer.Option(help="a published version, or served")]
@@ -263,7 +263,7 @@ def picture(
     image: Annotated[Path, typer.Argument(help="volume to show")],
     task: TaskOption,
     out: Annotated[Path, typer.Option(help="PNG file to write")],
-    mask: Annotated[list[str] | None, typer.Option(help="title=file, a row each; may be given several times")] = None,
+    mask: Annotated[list[str] | None, typer.Option(help="title=file, one row per mask; may be repeated")] = None,
 ) -> None:
     """Draw three planes of a volume, and masks on it."""
     for entry in mask or []:

@@ -38,7 +38,7 @@ from lib.tasks.revisions import Revisions
 DEFAULT_MODELS = Path(__file__).resolve().parents[3] / "model"
 REFERENCE = "a task, a task or concepts file, or of a task TASK@3 (a revision), TASK@newest, TASK@v2 (a version's text)"
 KEY, BASE_URL, MODEL = "OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_MODEL"
-NO_KEY = "none"  # local servers want none, and the library wants one
+NO_KEY = "none"  # local servers need none, but the library insists on one
 
 ModelDirOption = Annotated[Path, typer.Option("--model-dir", help="where versions and revisions are kept")]
 
@@ -78,7 +78,7 @@ def show(
     class_: Annotated[list[str] | None, typer.Argument(metavar="[CLASS]...", help="default: all")] = None,
     model_dir: ModelDirOption = DEFAULT_MODELS,
 ) -> None:
-    """Print sentences as a table, a row an attribute."""
+    """Print sentences as a table, one row per attribute."""
     title, concepts = resolve(text, model_dir)
     unknown = [name for name in class_ or [] if name not in concepts.classes]
     if unknown:
@@ -101,7 +101,7 @@ def diff(
     second: Annotated[str, typer.Argument(help="likewise")],
     model_dir: ModelDirOption = DEFAULT_MODELS,
 ) -> None:
-    """Compare two texts sentence by sentence; the exit status is 1 where they differ."""
+    """Compare two texts sentence by sentence; the exit status is 1 if they differ."""
     (left, before), (right, after) = resolve(first, model_dir), resolve(second, model_dir)
     changes = list(compare(before, after))
     heads = [Text(f"{title} ({_review(concepts)})") for title, concepts in ((left, before), (right, after))]
@@ -125,7 +125,7 @@ def generate(
     key_file: Annotated[Path | None, typer.Option(help=f"file with the key; else the variable {KEY}")] = None,
     out: Annotated[Path | None, typer.Option(help="default: the concepts file of the task")] = None,
     class_: Annotated[list[str] | None, typer.Option("--class", help="draft this class anew; repeatable")] = None,
-    attempts: Annotated[int, typer.Option(min=1, max=20, help="answers to ask for, a class, at most")] = 4,
+    attempts: Annotated[int, typer.Option(min=1, max=20, help="most answers to ask for per class")] = 4,
     retries: Annotated[int, typer.Option(min=0, help="when the endpoint is busy or limits requests")] = 8,
     timeout: Annotated[float, typer.Option(min=1, help="seconds for one answer")] = 120,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace text that people wrote or reviewed")] = False,
@@ -206,7 +206,7 @@ def _version(task: Task, versions: Versions, wanted: str) -> Concepts:
 
 
 def compare(before: Concepts, after: Concepts) -> Iterator[tuple[str, str, str, str]]:
-    """(class, attribute, old sentence, new sentence) of each difference; empty where one side has none."""
+    """(class, attribute, old sentence, new sentence) of each difference; empty if one side has none."""
     for name in dict.fromkeys((*before.classes, *after.classes)):
         old, new = (_sentences(concepts, name) for concepts in (before, after))
         for attribute in dict.fromkeys((*ATTRIBUTES, *old, *new)):

@@ -23,8 +23,8 @@ def _group() -> None:
 
 @app.command()
 def rename(
-    old: Annotated[str, typer.Argument(help="name of before")],
-    new: Annotated[str, typer.Argument(help="name in the task file, as it is now")],
+    old: Annotated[str, typer.Argument(help="earlier name")],
+    new: Annotated[str, typer.Argument(help="new name, as in the task file")],
     task: Annotated[str, typer.Option("--task", help="name of a shipped task, or path of your own task file")],
     data: Annotated[str, typer.Option("--data", help="MONAI Label folder, with labels in labels/")],
     yes: Annotated[bool, typer.Option("--yes", help="do it; without it, only list what would change")] = False,
@@ -43,6 +43,6 @@ def rename(
     for place in places:
         console.print(place, highlight=False, markup=False)
     if yes:
-        console.print(f"{len(places)} label(s) say {new!r} now, where they said {old!r}.", highlight=False)
+        console.print(f"{len(places)} label(s) now say {new!r} instead of {old!r}.", highlight=False)
     else:
         console.print(f"{len(places)} label(s) would change; nothing was changed. Do it with --yes.", highlight=False)

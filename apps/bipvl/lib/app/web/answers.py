@@ -32,7 +32,7 @@ _PATH = re.compile(r"""(?<![\w/:.<>])/(?:[^\s/:'",;)]+/)+[^\s/:'",;)]*""")
 
 
 class Places:
-    """The server's folders, which are nobody's business who only sends requests.
+    """The server's folders, which are no business of anybody who only sends requests.
 
     Args:
         folders: what lies in them is named from there on: `labels/final/case.nii.gz`.
@@ -46,13 +46,13 @@ class Places:
         self._known = re.compile(rf"(?<![\w.-])({'|'.join(parts)})(/|(?![\w.-]))")
 
     def hide(self, text: str) -> str:
-        """A text as it may be sent: paths in known folders from there on, of others that exist the last part."""
+        """A text as it may be sent: of a path in a known folder what follows it, of any other path only the name."""
         text = self._known.sub(lambda m: "" if m[2] else m[1].rpartition("/")[2], text)
         return _PATH.sub(lambda m: m[0].rstrip("/").rpartition("/")[2] if _exists(m[0]) else m[0], text)
 
 
 def _exists(path: str) -> bool:
-    """Whether a path is one of this machine, and not of a request (`/model/heart/versions/3/serve`)."""
+    """Whether a path is on this machine, and not part of a request (`/model/heart/versions/3/serve`)."""
     return os.path.lexists("/" + path.split("/")[1])
 
 
@@ -85,7 +85,7 @@ def handle_errors(api: FastAPI, places: Places) -> None:
 
     @api.exception_handler(ValueError)
     async def unusable(request: Request, error: ValueError) -> JSONResponse:
-        status = getattr(error, "status", None)  # who raises with one has meant an answer; others may be mistakes
+        status = getattr(error, "status", None)  # whoever raises with one means it as an answer; others may be mistakes
         if isinstance(error, CheckpointError) and error.status == 500:
             logger.error("%s", error)
             return answer(request, 500, MODEL_UNREADABLE)
@@ -127,6 +127,6 @@ def log_refusal(request: Request, status: int, reason: str) -> None:
 
 
 def _raised(error: BaseException) -> str:
-    """Where an error comes from, for who looks for a mistake of the program."""
+    """Where an error comes from, for whoever looks for a mistake in the program."""
     last = traceback.extract_tb(error.__traceback__)[-1:]
     return "".join(f" (raised in {frame.name}, {Path(frame.filename).name}:{frame.lineno})" for frame in last)

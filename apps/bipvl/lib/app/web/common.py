@@ -121,7 +121,7 @@ def known_image(store: Any, image: str) -> str:
     """The id of an image in the datastore.
 
     Raises:
-        HTTPException: 404, or 409 with the reason where the image is there but cannot be used.
+        HTTPException: 404, or 409 with the reason if the image is there but cannot be used.
     """
     images = store.list_images()
     if image not in images:

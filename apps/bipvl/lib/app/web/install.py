@@ -47,7 +47,7 @@ def install(app: LabelApp) -> None:
     """Serve `app` through our guard and routes. Call once, when MONAI Label's server starts.
 
     Raises:
-        RuntimeError: this is no MONAI Label server that could be guarded.
+        RuntimeError: this is not a MONAI Label server that could be guarded.
         lib.app.web.access.options.OptionError: access options that cannot be used.
     """
     stock = stock_application()

@@ -17,7 +17,7 @@ _HASHED = re.compile(r"(?:.*\.)?[0-9a-f]{20}\.[a-z]+")
 _KEPT = "private, max-age=31536000, immutable"
 _ASKED = "private, no-cache"
 
-# The page loads and asks nothing from elsewhere: patients' names stay here whatever the viewer has a bug in, and the
+# The page loads and asks nothing from elsewhere: patients' names stay here whatever bug the viewer has, and the
 # fonts of Google that its style sheet names neither delay it nor tell about it.
 _POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' blob: data:; frame-ancestors 'self'"
 
@@ -32,7 +32,7 @@ def page(html: str) -> str:
     html = re.sub(r'(<link\b[^>]*\brel="manifest")', r'\1 crossorigin="use-credentials"', html)
     viewer = "<script defer"
     if viewer not in html:
-        raise RuntimeError("the viewer's page has another structure than MONAI Label 0.8.5's: our panel finds no place")
+        raise RuntimeError("the viewer's page is not built like MONAI Label 0.8.5's: our panel finds no place in it")
     return html.replace(viewer, _EXTENSION + viewer, 1)
 
 
@@ -60,7 +60,7 @@ def router(folder: Path = OHIF) -> APIRouter:
                 part = path.removeprefix("bipvl/")
                 answer = await (files if part == path else ours).get_response(part, request.scope)
             except StarletteHTTPException as error:
-                # /ohif/viewer, /ohif/monai-label and the like are pages, a missing script is none.
+                # /ohif/viewer, /ohif/monai-label and the like are pages; a missing script is not.
                 if error.status_code != 404 or PurePosixPath(path).suffix:
                     raise HTTPException(404, f"OHIF has no file {path[:200]!r}") from error
             else:

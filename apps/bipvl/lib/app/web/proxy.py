@@ -30,7 +30,7 @@ from lib.upstream import Settings
 from lib.upstream import settings as server_settings
 
 logger = logging.getLogger(__name__)
-logging.getLogger("httpx").setLevel(logging.WARNING)  # its line a request has the query, which names patients
+logging.getLogger("httpx").setLevel(logging.WARNING)  # its line per request has the query, which names patients
 
 ROOT = "/proxy/dicom"
 
@@ -83,7 +83,7 @@ def check(method: str, path: str, query: str = "", content_type: str = "") -> No
     elif not _RETRIEVE.fullmatch(path):
         raise HTTPException(
             400,
-            f"{path[:200]!r} is no DICOMweb path; valid are studies, series, instances and"
+            f"{path[:200]!r} is not a DICOMweb path; valid are studies, series, instances and"
             " studies/{uid}/series/{uid}/instances/{uid} with metadata, frames/1,2, bulkdata/…, rendered or thumbnail",
         )
 
@@ -131,7 +131,7 @@ class Archive:
         """Where the archive answers a checked request.
 
         Raises:
-            ValueError: the query is no part of an address.
+            ValueError: the query cannot be part of an address.
         """
         if method == "POST":
             service = service and "stow"  # OHIF stores under its wado address
@@ -162,7 +162,7 @@ class Archive:
         return await self._unpooled.send(outgoing, stream=True)
 
     async def authorization(self) -> dict[str, str]:
-        """A header with Google's token where the archive is Google's; httpx adds a name and password by itself."""
+        """A header with Google's token if the archive is Google's; httpx adds a name and password by itself."""
         if not self._google:
             return {}
         return {"authorization": f"Bearer {await run_in_threadpool(self._google_token)}"}
@@ -196,7 +196,7 @@ def router(archive: str, settings: Settings = server_settings) -> APIRouter:
     Who may ask is decided before: nothing here looks at the user.
 
     Args:
-        archive: what `--studies` names; where that is no DICOMweb server every route answers 404.
+        archive: what `--studies` names; if that is not a DICOMweb server, every route answers 404.
         settings: MONAI Label's: MONAI_LABEL_{QIDO,WADO,STOW}_PREFIX, MONAI_LABEL_DICOMWEB_{USERNAME,PASSWORD} and
             MONAI_LABEL_DICOMWEB_PROXY_TIMEOUT, the seconds for connecting and between two pieces of an answer.
     """
@@ -209,12 +209,12 @@ def router(archive: str, settings: Settings = server_settings) -> APIRouter:
         if server is None:
             raise HTTPException(
                 404,
-                "this server's studies are no DICOMweb archive; it would be started with, for example,"
+                "this server's studies are not a DICOMweb archive; it would be started with, for example,"
                 " --studies http://127.0.0.1:8042/dicom-web",
             )
         # Whoever decodes once more on the way to the archive must not find another path than the one checked here.
         if b"%" in request.scope.get("raw_path", b""):
-            raise HTTPException(400, "DICOMweb paths have no escapes (%); they belong into the query, behind the ?")
+            raise HTTPException(400, "DICOMweb paths have no escapes (%); they belong in the query, after the ?")
         service, resource = split(path)
         query: bytes = request.scope["query_string"]
         check(request.method, resource, query.decode("latin-1"), request.headers.get("content-type", ""))
@@ -246,7 +246,7 @@ async def _forward(archive: Archive, request: Request, url: httpx.URL) -> Respon
     except (httpx.RequestError, GoogleAuthError) as error:
         logger.warning("the DICOM archive cannot be reached: %s: %s", type(error).__name__, _place(url))
         raise HTTPException(
-            502, "the DICOM archive cannot be reached; the log of this server says more, whoever runs it can help"
+            502, "the DICOM archive cannot be reached; the log of this server says more; whoever runs it can help"
         ) from error
     except ClientDisconnect as error:
         raise HTTPException(400, "the upload broke off; nothing was stored") from error

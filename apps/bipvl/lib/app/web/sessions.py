@@ -58,7 +58,7 @@ class Sessions:
         return session
 
     def get(self, name: str, touch: bool = False) -> dict[str, Any] | None:
-        """A session, None where there is none of that name. `touch`: it was used now."""
+        """A session, None if there is none of that name. `touch`: it was used now."""
         if not SESSION_ID.fullmatch(name):
             return None
         with self._lock:

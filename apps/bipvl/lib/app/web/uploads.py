@@ -124,7 +124,8 @@ def unpack(archive: Path, folder: Path, limit: int) -> None:
     """Unpack a zip or tar file: plain files and folders only, all of them inside the folder.
 
     Raises:
-        HTTPException: 400 for any other member, for no archive, or for more than `limit` bytes or too many entries.
+        HTTPException: 400 for any other member, for a file that is not an archive, for more than `limit` bytes, or for
+            too many entries.
     """
     try:
         if zipfile.is_zipfile(archive):

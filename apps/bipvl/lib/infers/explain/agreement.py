@@ -8,7 +8,7 @@ probabilities that the claims are true, half of the weight inside, half in a ban
 
 1 is certain agreement, and a floor of 0.01 on each probability keeps single voxels from deciding. The fit of the
 network's own mask says how clearly the image shows what the sentences say. That of a mask that somebody drew falls
-where it is misplaced, too large or too small, but also where the case is hard; cases are therefore compared by
+if it is misplaced, too large or too small, but also if the case is hard; cases are therefore compared by
 
     agreement(M) = fit(M) / fit(own mask)
 
@@ -80,16 +80,16 @@ def own_masks(probabilities: Tensor, overlapping: bool) -> Iterator[tuple[Tensor
 
 
 def own_fit(probabilities: Tensor, overlapping: bool, spacing: Sequence[float]) -> list[float | None]:
-    """Fit of the network's own mask of each class; None where it found nothing."""
+    """Fit of the network's own mask of each class; None if it found nothing."""
     return [fit(p, mask, spacing) for p, mask in own_masks(probabilities, overlapping)]
 
 
 def agreement(
     probabilities: Tensor, masks: Sequence[Tensor], overlapping: bool, spacing: Sequence[float]
 ) -> list[Judged | None]:
-    """Agreement and fit of each class's drawn mask; None where nothing is drawn.
+    """Agreement and fit of each class's drawn mask; None if nothing is drawn.
 
-    1: as good as the network's own mask, and above 1 better. Where the network finds nothing of a class, there is
+    1: as good as the network's own mask, and above 1 better. If the network finds nothing of a class, there is
     nothing to compare with, and the agreement is the fit itself.
     """
     found: list[Judged | None] = []

@@ -39,7 +39,7 @@ def embeddings(model: BiPVLSeg, task: Task, image: Tensor) -> Tensor:
 
 
 def middle(image: Tensor, patch: tuple[int, int, int]) -> Tensor:
-    """The patch in the middle of (channels, h, w, d), zeros around it where the volume is smaller."""
+    """The patch in the middle of (channels, h, w, d), zeros around it if the volume is smaller."""
     image = torch.as_tensor(image).as_subclass(Tensor)
     result = image.new_zeros(len(image), *patch)
     source, target = [slice(None)], [slice(None)]
@@ -64,9 +64,9 @@ def untrained(task: Task, assets: TextAssets | None) -> BiPVLSeg:
 
 
 def describe(vectors: Tensor) -> dict[str, Any]:
-    """A map of unit vectors (C, K, P): two coordinates a sentence by t-SNE, class by class, and how alike they are.
+    """A map of unit vectors (C, K, P): two coordinates per sentence by t-SNE, class by class, and how alike they are.
 
-    t-SNE draws groups even where none are, so numbers stand beside it: the mean cosine of two sentences of one
+    t-SNE draws groups even if there are none, so numbers stand beside it: the mean cosine of two sentences of one
     class, and of two classes.
     """
     classes, concepts, _ = vectors.shape

@@ -16,7 +16,7 @@ from lib.volumes.transforms import apply, load
 
 
 def check_labels(model: BiPVLSeg, task: Task, cases: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Compare labels with what the network finds in their images, one forward pass a case.
+    """Compare labels with what the network finds in their images, one forward pass per case.
 
     Args:
         model: in evaluation mode.

@@ -52,7 +52,7 @@ def compare(task: Task, image: Path, infer: Infer, concepts: dict[str, Any]) -> 
 
 
 def scores(task: Task, before: NDArray, after: NDArray) -> list[dict[str, Any]]:
-    """Of each label: its name, Dice of the masks (None where both are empty), voxels in each, and changed voxels."""
+    """Of each label: its name, Dice of the masks (None if both are empty), voxels in each, and changed voxels."""
     rows = []
     for name, value in task.label_values.items():
         first, second = before == value, after == value

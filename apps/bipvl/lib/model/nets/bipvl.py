@@ -29,9 +29,9 @@ class Output(NamedTuple):
     class_maps: (B, channels, h, w, d) each, coarse to fine: scores of places for classes (`lib.model.nets.heads`).
     concept_rows: (B, C, K, E), the fused text rows t_k.
     concepts: (B, C, K, P), the rows in the common space of the alignment losses.
-    vision: (B, C, P), one vision vector a class in that space.
+    vision: (B, C, P), one vision vector per class in that space.
     weights: (B, C, K), w_k of Eq. (4), how much each concept carries its class.
-    text: (B, C, P), T of Eq. (4), one text vector a class.
+    text: (B, C, P), T of Eq. (4), one text vector per class.
     """
 
     logits: Tensor

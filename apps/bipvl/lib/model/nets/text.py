@@ -39,7 +39,7 @@ class TextAssets:
 class Sentences:
     """Tokenised text of C classes: ids and mask (R, L), R = C·K rows, class by class; `key` tells texts apart.
 
-    rows: where it is part of another text, the numbers of its rows there.
+    rows: if it is part of another text, the numbers of its rows there.
     whole: the text that it is part of; None for the task's own.
     """
 
@@ -90,7 +90,7 @@ class StageDividedBert(nn.Module):
         checkpointing: recompute activations in the backward pass.
 
     Attributes:
-        interval: training steps a reading of the text lasts (`training.text_interval`).
+        interval: how many training steps a reading of the text lasts (`training.text_interval`).
         reference: the text that the text head sets classes apart from; None for the task's own.
         token_passes: how often all tokens went through the encoder; a counter for tests and benchmarks.
     """

@@ -75,8 +75,8 @@ class VisionBackbone(nn.Module, ABC):
 class FusedWindowAttention(WindowAttention):
     """MONAI's window attention, same parameters and result, through torch's fused kernel.
 
-    MONAI's own writes the scores of all windows to memory (343 x 343 a window, head and layer) and reads them again for
-    bias, mask, softmax and product, which is a sixth of the network's time on a CPU (docs/research/speed.md).
+    MONAI's own writes the scores of all windows to memory (343 x 343 per window, head and layer) and reads them again
+    for bias, mask, softmax and product, which is a sixth of the network's time on a CPU (docs/research/speed.md).
     """
 
     @classmethod
@@ -285,7 +285,7 @@ def build_vision(
     Args:
         name: a key of `BACKBONES`.
         channels: image channels.
-        patch: voxels a side; only UNETR is tied to it (learned position embeddings).
+        patch: voxels per side; only UNETR is tied to it (learned position embeddings).
         feature_size: the width d of the paper (48 at full size).
         checkpointing: recompute activations in the backward pass to save memory.
         own: what only this backbone takes (Swin UNETR: `heads`, attention heads of stage 1).

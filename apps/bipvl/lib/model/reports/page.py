@@ -307,7 +307,7 @@ def _heat(
 
 
 def _versions(manifests: Sequence[Mapping[str, Any]], this: int, linked: bool = True) -> list[dict[str, Any]]:
-    """A row a version, the newest first."""
+    """One row per version, the newest first."""
     table = []
     for m in reversed(manifests):
         gate = m.get("gate") or {}

@@ -36,7 +36,7 @@ class ArchiveError(StoreError):
 
 @dataclass(frozen=True)
 class SeriesEntry:
-    """A series as the archive lists it. `instances` is None where the archive does not say how many it holds."""
+    """A series as the archive lists it. `instances` is None if the archive does not say how many it holds."""
 
     study: str
     uid: str
@@ -80,7 +80,7 @@ class Archive:
         return [(str(ds.StudyInstanceUID), str(ds.SeriesInstanceUID), str(ds.SOPInstanceUID)) for ds in found]
 
     def series_of(self, study: str, instance: str) -> str:
-        """The series of a study that an instance belongs to, empty where the archive does not list it."""
+        """The series of a study that an instance belongs to, empty if the archive does not list it."""
         search = partial(self.client.search_for_instances, study)
         found = self._pages(search, {"SOPInstanceUID": instance}, "SOPInstanceUID")
         return next((str(ds.SeriesInstanceUID) for ds in found if str(ds.SOPInstanceUID) == instance), "")

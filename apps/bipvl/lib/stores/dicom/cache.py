@@ -50,7 +50,7 @@ class ImageCache:
         return self._locks.setdefault(uid, Lock(Order.SERIES, f"series {uid}", SERIES_SECONDS))
 
     def unusable(self, entry: SeriesEntry) -> bool:
-        """Whether a series was found to be no volume, and has not grown since."""
+        """Whether a series was found not to be a volume, and has not grown since."""
         return self._unusable.get(entry.uid, (-1, None))[0] == entry.instances and entry.uid in self._unusable
 
     def path(self, uid: str) -> Path:
@@ -65,10 +65,10 @@ class ImageCache:
         return False
 
     def image(self, entry: SeriesEntry) -> Path:
-        """The image, downloaded where it is not here or has more slices by now.
+        """The image, downloaded if it is not here or has more slices by now.
 
         Raises:
-            SeriesError: the series is no volume.
+            SeriesError: the series is not a volume.
             ArchiveError: it cannot be downloaded.
         """
         with self.lock(entry.uid):

@@ -39,10 +39,10 @@ class Copies:
         self._folder, self._images, self._archive, self._tasks = folder, images, archive, tasks
 
     def final(self, entry: SeriesEntry, seg: Segmentation) -> tuple[Path, dict[str, Any]]:
-        """The copy of a SEG of an image, made where it is not here, and what is known about it.
+        """The copy of a SEG of an image, made if it is not here, and what is known about it.
 
         Raises:
-            StoreError: the image is no volume, or the SEG is not on its grid.
+            StoreError: the image is not a volume, or the SEG is not on its grid.
             ArchiveError: one of them cannot be had.
         """
         uid = entry.uid

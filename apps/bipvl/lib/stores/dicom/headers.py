@@ -91,7 +91,7 @@ def _valid(header: Dataset, left_out: list[str]) -> Dataset:
 
 
 def _check(element: DataElement) -> None:
-    """Raises ValueError where a value cannot be what its kind of element says."""
+    """Raises ValueError if a value cannot be what its kind of element says."""
     if element.VR not in CHECKED or element.is_empty:
         return
     several = isinstance(element.value, MultiValue)

@@ -54,7 +54,7 @@ def task_of(info: Mapping[str, Any], names: Mapping[int, str] | None, mask: np.n
 
     Args:
         info: what the client sent; `model` names the task.
-        names: value to name, where the client or the file says so.
+        names: value to name, if the client or the file says so.
 
     Raises:
         StoreError: an unknown model, or values without names that could be those of several tasks.
@@ -78,11 +78,11 @@ def voxels_of(file: Path, volume: Volume, image: Path, uid: str) -> np.ndarray:
     """Values of an uploaded file (columns, rows, slices) on the grid of its image.
 
     Args:
-        file: a volume, or `.bin`: a byte a voxel, in the image's order.
+        file: a volume, or `.bin`: a byte per voxel, in the image's order.
         image: the image's file.
 
     Raises:
-        StoreError: another number of voxels, or values that are no whole numbers.
+        StoreError: another number of voxels, or values that are not whole numbers.
         ValueError: another grid, or not readable.
     """
     if file.suffix.lower() == ".bin":
@@ -97,12 +97,12 @@ def uploaded_seg(file: Path, uid: str, volume: Volume) -> Segments:
     """An uploaded SEG of an image.
 
     Raises:
-        StoreError: no SEG, or one of another series or grid.
+        StoreError: not a SEG, or one of another series or grid.
     """
     try:
         ds = dcmread(file)
     except (InvalidDicomError, OSError) as error:
-        raise StoreError(f"the label is no DICOM file: {error}") from error
+        raise StoreError(f"the label is not a DICOM file: {error}") from error
     drawn_on = referenced_series(ds)
     slices = {str(header.SOPInstanceUID) for header in volume.headers}
     if uid not in drawn_on and (drawn_on or slices.isdisjoint(source_instances(ds))):

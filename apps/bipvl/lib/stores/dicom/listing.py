@@ -1,6 +1,6 @@
 """What an archive holds for this server: its images and the segmentations (SEG) drawn on them, as they are now.
 
-One query lists the images (one a modality), one the SEGs. A SEG never changes, so each is described once and
+One query lists the images (one per modality), one the SEGs. A SEG never changes, so each is described once and
 remembered in a file. An answer is used for a second; what this server saves counts at once.
 """
 
@@ -53,7 +53,7 @@ def check_uid(uid: Any) -> str:
 class Segmentation:
     """One SEG: where it is, which series it was drawn on, when, and what its segments are called.
 
-    draft: this app's own mask that nobody has looked at (`output=dicom_seg`); no label.
+    draft: this app's own mask that nobody has looked at (`output=dicom_seg`); not a label.
     task: for which this app saved it; empty for others'.
     """
 
@@ -140,7 +140,8 @@ class Listings:
             if seg is None or seg.draft:
                 continue
             if not self._is_label(seg.names):
-                self._tell(f"SEG {uid} is no label here: no task knows a segment of {', '.join(seg.names) or 'none'}")
+                names = ", ".join(seg.names) or "none"
+                self._tell(f"SEG {uid} is not a label here: no task knows a segment of {names}")
                 continue
             for image in seg.images:
                 if image in images:
@@ -168,7 +169,7 @@ class Listings:
             found = [seg for seg in pool.map(described, new) if seg]
         for seg in found:
             if not seg.images:
-                self._tell(f"SEG {seg.instance} is no label here: it does not say on which series it was drawn")
+                self._tell(f"SEG {seg.instance} is not a label here: it does not say on which series it was drawn")
         self._remember({**self._known, **{seg.instance: seg for seg in found}})
 
     def _described(self, seg: tuple[str, str, str]) -> Segmentation:
@@ -228,7 +229,7 @@ def created(ds: Dataset) -> str:
 
 
 def _is_ohif(ds: Dataset) -> bool:
-    """Whether dcmjs wrote it, OHIF's library, which names no maker: its values where a program gives none."""
+    """Whether dcmjs wrote it, OHIF's library, which names no maker: its values if a program gives none."""
     said = (
         ds.get(name) for name in ("Manufacturer", "ManufacturerModelName", "SoftwareVersions", "DeviceSerialNumber")
     )

@@ -64,7 +64,7 @@ class Saving:
             source, label_info: as `lib.stores.dicom.store.DicomStore.save_label` takes them.
 
         Raises:
-            ValueError: no label of this image.
+            ValueError: not a label of this image.
             ArchiveError: the archive did not take it.
         """
         uid, info = entry.uid, plain(label_info)
@@ -108,7 +108,7 @@ class Saving:
         self._proposals.add(entry.uid, task, version, self._voxels(mask, entry, self._images.volume(entry)))
 
     def draft(self, entry: SeriesEntry, task: Task, version: int, mask: Path) -> Dataset:
-        """A model's mask as a SEG that counts as no label."""
+        """A model's mask as a SEG that does not count as a label."""
         volume = self._images.volume(entry)
         return write_seg(
             self._voxels(mask, entry, volume),

@@ -32,7 +32,7 @@ warnings.filterwarnings("ignore", "The string .* is unlikely to represent the in
 
 MANUFACTURER = "BiPVL Label"
 SERIES_NUMBER = 300
-PRIVATE_GROUP, DECLARED = 0x0071, 0x01  # the classes that an annotator looked for, where these are not all
+PRIVATE_GROUP, DECLARED = 0x0071, 0x01  # the classes that an annotator looked for, if these are not all
 ANATOMY = CodedConcept("123037004", "SCT", "Anatomical Structure")
 MORPHOLOGY = CodedConcept("49755003", "SCT", "Morphologically Abnormal Structure")
 LESIONS = frozenset({"108369006", "52988006", "79654002", "126952004", "4147007", "86049000"})
@@ -87,10 +87,10 @@ def write_seg(
     """A SEG of the labels that a mask shows.
 
     Args:
-        mask: (columns, rows, slices) values of the task on the grid of `volume`. Where it is all background, a segment
+        mask: (columns, rows, slices) values of the task on the grid of `volume`. If it is all background, a segment
             without voxels for each class of `declared`, or of the task.
         tag: written as content label.
-        made_by: label name to who drew it; a person where nothing is said.
+        made_by: label name to who drew it; a person if nothing is said.
         declared: the classes that the annotator looked for, None for all.
 
     Raises:
@@ -138,7 +138,7 @@ def write_seg(
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:  # what highdicom holds against it
         raise SeriesError(f"series {first.SeriesInstanceUID}: no SEG can refer to it: {error}") from error
     if str(volume.headers[0].get("LossyImageCompression")) == "01":
-        made.LossyImageCompression = "01"  # also where its ratio and method are not known
+        made.LossyImageCompression = "01"  # even if its ratio and method are not known
     made.SpecificCharacterSet = "ISO_IR 192"  # UTF-8: names of people and of labels in any script
     date, time = when.strftime("%Y%m%d"), when.strftime("%H%M%S.%f")
     for what in ("InstanceCreation", "Content", "Series"):
@@ -228,7 +228,7 @@ def read_seg(ds: Dataset, volume: Volume) -> Segments:
     Frames may be in any order, of any orientation along the image's axes, and cover part of the image.
 
     Raises:
-        StoreError: no SEG, another grid, or segments that share voxels; the message says which.
+        StoreError: not a SEG, another grid, or segments that share voxels; the message says which.
     """
     if not is_seg(ds):
         raise StoreError(f"not a DICOM segmentation: SOP class {ds.get('SOPClassUID', 'unknown')}")
@@ -281,7 +281,7 @@ def _frames(ds: Dataset) -> Iterator[tuple[int, int, np.ndarray]]:
 
 
 def _pixels(ds: Dataset) -> Iterator[np.ndarray]:
-    """Frame by frame: a bit a pixel would become a byte a pixel, which is hundreds of megabytes for all frames."""
+    """Frame by frame: a bit per pixel would become a byte per pixel, which is hundreds of megabytes for all frames."""
     frames, shape = int(ds.get("NumberOfFrames", 1)), (int(ds.Rows), int(ds.Columns))
     if ds.BitsAllocated != 1 or ds.file_meta.TransferSyntaxUID.is_compressed:
         yield from ds.pixel_array.reshape(frames, *shape)

@@ -48,7 +48,7 @@ class DicomStore(Store):
 
     Args:
         client: MONAI Label's, with address and account.
-        search_filter: which series are images, where the environment says so; else the modalities of `tasks`.
+        search_filter: which series are images, if the environment says so; else the modalities of `tasks`.
         cache_path: where folders of archives are; None: in the user's cache.
         tasks: what this server segments, in order.
         software: this app's version, written into SEGs.
@@ -116,7 +116,7 @@ class DicomStore(Store):
         return list(self._listings.now().images)
 
     def left_out(self) -> dict[str, str]:
-        """None: a series that turns out to be no volume is listed, and says so when it is asked for."""
+        """None: a series that turns out not to be a volume is listed, and says so when it is asked for."""
         return {}
 
     def get_labeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
@@ -125,13 +125,13 @@ class DicomStore(Store):
         return [uid for uid in listing.images if uid in listing.labels]
 
     def get_unlabeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
-        """Images without such a SEG, apart from series that turned out to be no volumes."""
+        """Images without such a SEG, apart from series that turned out not to be volumes."""
         listing = self._listings.now()
         images = listing.images.items()
         return [uid for uid, entry in images if uid not in listing.labels and not self._images.unusable(entry)]
 
     def datalist(self, full_path: bool = True) -> list[dict[str, Any]]:
-        """Cases with a final label, downloaded where they are not here: `id`, `image`, `label`, `annotated`, `task`.
+        """Cases with a final label, downloaded if they are not here: `id`, `image`, `label`, `annotated`, `task`.
 
         A label that cannot be read is left out, and the log says why.
         """
@@ -177,7 +177,7 @@ class DicomStore(Store):
         return dict.fromkeys([*tags, FINAL] if labelled else tags, image_id)
 
     def get_label_by_image_id(self, image_id: str, tag: str) -> str:
-        """The label's id, empty where there is no such label."""
+        """The label's id, empty if there is no such label."""
         return self.get_labels_by_image_id(image_id).get(check_tag(tag), "")
 
     def status(self) -> dict[str, Any]:
@@ -239,13 +239,13 @@ class DicomStore(Store):
         """Make an uploaded file the label of an image: with the tag `final` as a SEG in the archive, else only here.
 
         Args:
-            label_filename: NIfTI, NRRD or MetaImage on the image's grid, `.bin` (a byte a voxel in the image's order),
-                or `.dcm`, a SEG of the image.
+            label_filename: NIfTI, NRRD or MetaImage on the image's grid, `.bin` (a byte per voxel in the image's
+                order), or `.dcm`, a SEG of the image.
             label_info: what the client sent: `label_info` names the values of the file, `annotated` the classes that
                 were looked for, `model` the task; `user` is who sends it.
 
         Raises:
-            StoreError: no label of this image; the file is kept in `labels/rejected`.
+            StoreError: not a label of this image; the file is kept in `labels/rejected`.
             ArchiveError: the archive did not take it; the file is kept in `labels/history`.
             BusyError: others have been at work on the series for too long; it is kept there, too.
         """
@@ -307,7 +307,7 @@ class DicomStore(Store):
             logger.warning("The mask of %s will count as drawn by hand: %s", image_id, error)
 
     def as_seg(self, image_id: str, model: str, version: int, mask: Path) -> Dataset:
-        """The model's mask of an image as a SEG, which no archive has yet and which counts as no label."""
+        """The model's mask of an image as a SEG, which no archive has yet and which does not count as a label."""
         return self._saving.draft(self._entry(image_id), task_named(model, self.tasks), version, mask)
 
     # How ----------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ def label_of(name: str, task: Task) -> str | None:
 
 
 def task_for(names: Iterable[str], tasks: Sequence[Task]) -> Task | None:
-    """The first task that knows the most of these names; None where no task knows any."""
+    """The first task that knows the most of these names; None if no task knows any."""
     names = list(names)
     known = [sum(label_of(name, task) is not None for name in names) for task in tasks]
     most = max(known, default=0)
@@ -48,14 +48,14 @@ def whole_numbers(voxels: np.ndarray) -> np.ndarray:
     """The values of an uploaded label, as they were read, as uint16; a float's error is rounded.
 
     Raises:
-        StoreError: some are no whole numbers, or too small or large; names them.
+        StoreError: some are not whole numbers, or too small or large; names them.
     """
     values = rounded(voxels)
     whole = np.isfinite(values) & (values >= 0) & (values <= MAX_VALUE)
     whole[whole] = values[whole] == np.rint(values[whole])
     if not whole.all():
         found = ", ".join(f"{value:.7g}" for value in np.unique(values[~whole])[:10])
-        raise StoreError(f"the label holds values that are no whole numbers from 0 to {MAX_VALUE}: {found}")
+        raise StoreError(f"the label holds values that are not whole numbers from 0 to {MAX_VALUE}: {found}")
     return values.astype(np.uint16)
 
 
@@ -78,8 +78,8 @@ def check_annotated(names: Sequence[str], tasks: Sequence[Task]) -> None:
 
 def named_values(label_info: Any) -> dict[int, str] | None:
     """Value to name, out of `label_info` as MONAI Label's clients send it: a list of objects with `name` and the value
-    as `idx`, else by position from 1, or from 0 where the first is the background. The background itself is left out.
-    None where nothing is said.
+    as `idx`, else by position from 1, or from 0 if the first is the background. The background itself is left out.
+    None if nothing is said.
 
     Raises:
         StoreError: of another form, or two names for one value.

@@ -28,7 +28,7 @@ class Renumbered:
     """A label in the values of a task.
 
     names: label name to value, of what the label shows.
-    changed: the label (1, H, W, D) as it is to be kept; None where the file that was sent holds the right values.
+    changed: the label (1, H, W, D) as it is to be kept; None if the file that was sent holds the right values.
     """
 
     names: dict[str, int]
@@ -52,11 +52,11 @@ def renumber(source: Path, label: MetaTensor, info: Mapping[str, Any], tasks: Se
     Args:
         source: the upload; a `.seg.nrrd` names its segments itself.
         label: (1, H, W, D), what it holds.
-        info: what the client sent: `label_info`, and `model`, the task that is meant where several know the names.
+        info: what the client sent: `label_info`, and `model`, the task that is meant if several know the names.
         tasks: of this server.
 
     Returns:
-        None where nothing is said about names: the values are then taken for the task's own.
+        None if nothing is said about names: the values are then taken for the task's own.
 
     Raises:
         StoreError: a segment that is not empty and that no task knows, or an unknown model.

@@ -106,7 +106,7 @@ def write_studies(folder: Path, cases: int = 8, labelled: int = 4, seed: int = 0
     if not 0 <= labelled <= cases or cases > 1000:
         raise ValueError(f"cases {cases}, labelled {labelled}: 0 <= labelled <= cases <= 1000 is needed")
     images = [folder / f"{name}_{index:03d}.nii.gz" for index in range(cases)]
-    # The image is written last: where it exists, the case is complete, and a label deleted since stays deleted.
+    # The image is written last: if it exists, the case is complete, and a label deleted since stays deleted.
     missing = [(index, path) for index, path in enumerate(images) if not path.exists()]
     for index, path in track(missing, description="Generating studies", disable=not missing):
         case = generate_case(1000 * seed + index)

@@ -60,7 +60,7 @@ class Accounts(Protocol):
 
 
 class UsersFile:
-    """`name:bcrypt hash[:role]` a line, as `htpasswd -B` writes it; read again when it changes.
+    """One `name:bcrypt hash[:role]` per line, as `htpasswd -B` writes it; read again when it changes.
 
     Raises:
         OptionError: at construction, for a file or a line that cannot be used.

@@ -34,7 +34,7 @@ class Refusal(Exception):
 
 
 class Throttle:
-    """Failed logins an address: the first few are free, after them each doubles the time to wait.
+    """Failed logins per address: the first few are free, then each doubles the time to wait.
 
     Args:
         clock: seconds.
@@ -95,7 +95,7 @@ class Authenticator:
         return None
 
     async def login(self, name: str, password: str, address: str) -> str | None:
-        """A bearer token for a name and a password, None when they are wrong. One attempt an address at a time.
+        """A bearer token for a name and a password, None when they are wrong. One attempt per address at a time.
 
         Raises:
             Refusal: as `user`.

@@ -39,7 +39,7 @@ class Downloads:
                 self._open.popitem(last=False)
 
     def take(self, address: str, image: str) -> User | None:
-        """Who it was allowed to; from then on it is allowed no more. None where it is not allowed."""
+        """Who was allowed to fetch it; from then on nobody is. None if it is not allowed."""
         with self._lock:
             until, user = self._open.pop((address, image), (0.0, None))
         return user if self._clock() < until else None

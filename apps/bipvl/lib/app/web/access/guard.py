@@ -40,8 +40,8 @@ HEADERS = (
     (b"referrer-policy", b"same-origin"),
 )
 
-# The first line that fits counts; what fits none is for admins. The last column holds where an OpenID realm decides:
-# there MONAI Label's own rules stay.
+# The first line that fits counts; what fits none is for admins. The last column holds if an OpenID realm decides:
+# then MONAI Label's own rules stay.
 RULES: tuple[tuple[str, re.Pattern[str], str, str | None], ...] = tuple(
     (methods, re.compile(path), role, realm)
     for methods, path, role, realm in (
@@ -65,7 +65,7 @@ PAGES = re.compile(r"/|/ohif(/.*)?")  # what a link on another site may open
 
 
 def role_needed(method: str, path: str, realm: bool = False) -> str:
-    """The least role that may send a request."""
+    """The lowest role that may send a request."""
     for methods, pattern, role, realm_role in RULES:
         if method in methods.split() and pattern.fullmatch(path):
             return realm_role if realm and realm_role else role

@@ -11,7 +11,7 @@ from lib.app.web.common import ERRORS, Services, choice, known_image
 from lib.infers.explain.label_check import check_labels
 from lib.upstream import device_list, name_to_device
 
-MOST = 20  # cases a request: each costs a forward pass
+MOST = 20  # cases per request: each costs a forward pass
 
 
 def agreement_routes(services: Services) -> APIRouter:

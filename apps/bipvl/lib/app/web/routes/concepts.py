@@ -158,7 +158,7 @@ def concept_routes(services: Services) -> APIRouter:
         text = before.with_concepts(_trimmed(asked.sentences))
         if text.concepts.hash == before.concepts.hash:
             raise HTTPException(400, "nothing to save: no sentence differs")
-        # A draft with some sentences corrected is still a draft; what was signed is not signed in other words.
+        # A draft with some sentences corrected is still a draft; a signature does not hold for other words.
         if before.concepts.review.status == "reviewed":
             text = _reviewed(text, Review(status="unreviewed"))
         _refuse_unusable(check_text(text, engine_of(model).versions))
@@ -175,7 +175,7 @@ def concept_routes(services: Services) -> APIRouter:
     def review(user: Asker, model: str, asked: Signature) -> dict[str, Any]:
         name = asked.by.strip()
         if not name or len(name) > LONGEST_NAME or markup(name):
-            raise HTTPException(400, f"by: expected the name of who reviewed, at most {LONGEST_NAME} plain characters")
+            raise HTTPException(400, f"by: expected the name of the reviewer, at most {LONGEST_NAME} plain characters")
         revisions = revisions_of(model)
         text = _revision(revisions, asked.base)
         _refuse_unusable(check_text(text, engine_of(model).versions))
@@ -226,7 +226,7 @@ def _hidden(services: Services, entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _revision(revisions: Revisions, number: int) -> Task:
-    """Raises HTTPException 404 for a revision that there is not."""
+    """Raises HTTPException 404 for a revision that does not exist."""
     if number != 0 and number not in (numbers := revisions.numbers()):
         raise HTTPException(404, f"no revision {number}; valid are {', '.join(map(str, [0, *numbers]))}")
     return revisions.text(number)

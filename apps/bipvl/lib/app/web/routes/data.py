@@ -199,7 +199,7 @@ def known_session(services: Services, session_id: str, touch: bool = False) -> d
     """A session.
 
     Raises:
-        HTTPException: 404 for an unknown or expired one, 406 where sessions are switched off.
+        HTTPException: 404 for an unknown or expired one, 406 if sessions are switched off.
     """
     session = _sessions(services).get(session_id, touch)
     if session is None:

@@ -185,7 +185,7 @@ def _options(task: BiPVLInfer, given: dict[str, Any], model: str, image: str) ->
     """The options that the model knows, in their types. No option may name a file of the server."""
     for key, value in zip(RESERVED, (model, image), strict=True):
         if given.get(key, value) not in (value, ""):
-            raise HTTPException(400, f"params: {key!r} belongs into the address, where it is {value!r}")
+            raise HTTPException(400, f"params: {key!r} belongs in the address, where it is {value!r}")
     for key in FORBIDDEN:
         if key in given:
             raise HTTPException(400, f"params: {key!r} cannot be set")

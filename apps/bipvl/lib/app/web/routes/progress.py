@@ -6,7 +6,7 @@ from typing import Any
 
 from lib.upstream import is_running, started
 
-NO_WORD = "Its process ended without a word: it was killed, or could not start. The server's log may say more."
+NO_WORD = "Its process ended without a message: it was killed, or could not start. The server's log may say more."
 
 
 def with_progress(task: dict[str, Any], stats: dict[str, Any]) -> dict[str, Any]:

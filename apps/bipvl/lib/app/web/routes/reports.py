@@ -39,7 +39,7 @@ def report_routes(services: Services) -> APIRouter:
 
 
 def report_links(services: Services) -> str:
-    """HTML for the start page: a line of links a model, the newest report first; empty where there is none."""
+    """HTML for the start page: one line of links per model, the newest report first; empty if there is none."""
     lines = []
     for model, task in services.app.models.items():
         links = [

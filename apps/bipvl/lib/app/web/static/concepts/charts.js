@@ -48,7 +48,7 @@ function drawn(name, attributes, ...children) {
   return made
 }
 
-// One map: a dot a sentence, with the sentence as its title.
+// One map: one dot per sentence, with the sentence as its title.
 export function scatter(place, map, classes, rows, colors) {
   if (map.missing) {
     place.replaceChildren(element('p', { className: 'notice' }, map.missing))

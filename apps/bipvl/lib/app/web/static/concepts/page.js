@@ -161,7 +161,7 @@ async function change(path, body) {
   return `Revision ${revision} is saved.`
 }
 
-// Where somebody else has saved in between, what was edited here stays: on top of what they saved.
+// If somebody else has saved in between, what was edited here stays: on top of what they saved.
 async function save() {
   const mine = edits()
   const note = byId('note').value

@@ -3,7 +3,7 @@
 import { checksum, counts, onGrid } from './volumes.js'
 
 const MODALITIES = ['CT', 'MR']
-const MAX_VALUE = 255 // the viewer keeps 8 bits a voxel
+const MAX_VALUE = 255 // the viewer keeps 8 bits per voxel
 
 export class Drawing {
   /**
@@ -51,7 +51,7 @@ export class Drawing {
     cornerstone.eventTarget.removeEventListener(cornerstoneTools.Enums.Events.SEGMENTATION_DATA_MODIFIED, this._listen)
   }
 
-  /** Show the segmentation in every viewport that shows this series; it is made, empty, where there is none yet. */
+  /** Show the segmentation in every viewport that shows this series; it is made, empty, if there is none yet. */
   async show() {
     const { segmentationService, viewportGridService, cornerstoneViewportService } = this.services
     if (this.labels.some(({ value }) => value > MAX_VALUE)) {

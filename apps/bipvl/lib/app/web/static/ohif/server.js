@@ -68,7 +68,7 @@ export async function kept(series, tag) {
   return (await request('GET', '/datastore/label', { query: { label: series, tag } })).arrayBuffer()
 }
 
-/** The final label of a series as a NIfTI file, or null where there is none. */
+/** The final label of a series as a NIfTI file, or null if there is none. */
 export async function label(series) {
   try {
     return await kept(series, 'final')
@@ -78,7 +78,7 @@ export async function label(series) {
   }
 }
 
-/** The case to annotate next by a strategy; null where none is left. */
+/** The case to annotate next by a strategy; null if none is left. */
 export async function next(strategy) {
   const path = `/activelearning/${encodeURIComponent(strategy)}`
   const found = await (await request('POST', path, { json: { client_id: client() } })).json()
@@ -98,7 +98,7 @@ export const startTraining = async (task, options) =>
 
 export const stopTraining = async () => (await request('DELETE', '/train/')).json()
 
-/** The latest training of this server's life, with its progress; null where there was none. */
+/** The latest training of this server's life, with its progress; null if there was none. */
 export async function training() {
   const all = await (await request('GET', '/train/', { query: { all: true } })).json()
   return all.at(-1) ?? null

@@ -17,7 +17,7 @@ const TOLERANCE = 0.05 // voxels by which two grids may differ and still count a
 const flipped = row => row.map(value => -value)
 const swapAxes = ([x, y, z]) => [flipped(x), flipped(y), z] // LPS to RAS, and back
 
-/** A gzipped NIfTI file with 8 bits a voxel. */
+/** A gzipped NIfTI file with 8 bits per voxel. */
 export async function toNifti({ dimensions, affine, data }) {
   const header = new DataView(new ArrayBuffer(HEADER))
   header.setInt32(0, 348, true)
