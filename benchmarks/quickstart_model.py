@@ -1,9 +1,9 @@
 """Train the model that the quickstart starts with, and score it: python -m benchmarks.quickstart_model
 
-Everything is generated. It trains on phantoms with other seeds than the quickstart's examples and the scored ones, and
-writes the checkpoint to `apps/bipvl/shipped/quickstart.pt`. With `--real FOLDER` it also scores two
-CT scans with automatic labels (TotalSegmentator's examples). One CPU core takes about ten minutes. The numbers
-repeat on one machine with the same number of threads.
+Everything is generated. It trains on phantoms with seeds other than those of the quickstart's examples and of the
+scored ones, and writes the checkpoint to `apps/bipvl/shipped/quickstart.pt`. With `--real FOLDER` it also scores two CT
+scans with automatic labels (TotalSegmentator's examples). One CPU core takes about ten minutes. The numbers repeat on
+one machine with the same number of threads.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def train(work: Path, cases: int, epochs: int) -> Versions:
     """One round from fresh weights."""
     write_studies(work / "training", cases, cases, TRAINING, "quickstart_model")
     trainer = BiPVLTrain(TASK, work / "model")
-    # One patch a step: with so few steps their number counts for more than their patches.
+    # One patch per step: with so few steps their number counts for more than their patches.
     options: dict[str, Any] = {"max_epochs": epochs, "val_split": VALIDATION / cases, "patches_per_case": 1}
     trainer({"model": TASK.name, **options, "pretrained": False, "tracking": "None"}, Phantoms(work / "training"))
     return trainer.versions

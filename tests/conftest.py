@@ -20,11 +20,11 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ["COLUMNS"] = (
     "400"  # no sentence that a test looks for is broken into lines; rich reads it when it is imported
 )
-# One thread each, here and in every process that tests start: there is a worker a core, and the networks are tiny.
+# One thread each, here and in every process that tests start: there is one worker per core, and the networks are tiny.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.register_at_fork(after_in_child=gc.disable)  # a collection would copy the whole heap into the child
 
-# The files that take longest, longest first: whole files go to workers in this order, so that all end together. Where a
+# The files that take longest, longest first: whole files go to workers in this order, so that all end together. If a
 # name is wrong or missing, a run takes longer, and nothing else.
 LONGEST = (
     "processes/test_server.py",

@@ -80,7 +80,7 @@ def main_table(results: list[Result], models: Sequence[str]) -> str:
 
 
 def variant_table(results: list[Result], names: dict[str, str]) -> str:
-    """A line a variant of BiPVL-Seg with the fixed head."""
+    """One line per variant of BiPVL-Seg with the fixed head."""
     rows = [(name, select(results, "bipvl-fixed", variant)) for variant, name in names.items()]
     rows = [(name, found) for name, found in rows if found]
     classes = [c for c in rows[0][1][0]["scores"] if c != "mean"] if rows else []

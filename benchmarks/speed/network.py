@@ -84,7 +84,7 @@ def _environment() -> dict[str, str]:
 def worker(
     vision: Vision = "swin_unetr", device: Device = "cpu", threads: Threads = 2, allocator: str = "tuned"
 ) -> None:
-    """Read settings from standard input, a line each, and answer each with its times."""
+    """Read settings from standard input, one per line, and answer each with its times."""
     if allocator == "tuned":
         keep_freed_memory()
     with ThreadPoolExecutor(1) as server:  # a server computes in a thread, where allocators behave differently
@@ -126,7 +126,7 @@ def inference(
     extras: Annotated[bool, typer.Option(help="also layout, windows per pass and re-reading the text")] = True,
     compiler: Annotated[bool, typer.Option(help="also torch.compile (minutes to compile)")] = False,
 ) -> None:
-    """Seconds a window of each network."""
+    """Seconds per window of each network."""
     settings: dict[str, tuple[str, dict[str, Any]]] = {}
     for allocator in ("default", "tuned"):
         for precision in ("float32", "bfloat16") if allocator == "tuned" else ("float32",):

@@ -34,7 +34,7 @@ from lib.tasks import Task
 
 IMAGE = ROOT / "docs" / "images" / "plots" / "scaling.png"
 TWINS = {"stock": "Swin UNETR", "ours": "BiPVL-Seg"}
-# In patches a side, in which the volume's size is counted.
+# In patches per side, in which the volume's size is counted.
 SIZES, OVERLAPS, BATCHES, SENTENCES = (1.0, 1.5, 2.0), (0.0, 0.25, 0.5, 0.75), (1, 2, 4), (15, 30, 90, 360)
 MIDDLE = {"size": 1.5, "overlap": 0.5, "batch": 1, "sentences": 90}
 
@@ -48,7 +48,7 @@ class Both:
         self.stock = stock_network(task).eval().to(device)
 
     def text(self, sentences: int) -> Sentences:
-        """The task's own sentences, repeated as needed, equally many a class."""
+        """The task's own sentences, repeated as needed, equally many per class."""
         classes = len(self.task.classes)
         rows = [row for rows in self.task.text_rows() for row in rows]
         each = sentences // classes
@@ -114,7 +114,7 @@ def main(
 
 
 def draw(rows: dict[str, list[dict[str, Any]]], kind: str, patch: int, path: Path) -> None:
-    """One plot a curve."""
+    """One plot per curve."""
     labels = {
         "size": f"side of the volume, in patches of {patch}³",
         "overlap": "overlap of windows",

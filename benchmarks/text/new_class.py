@@ -197,7 +197,7 @@ def score(model: BiPVLSeg, asked: Task, task: Task, test: Sequence[Case]) -> dic
 
 
 def table(runs: Sequence[dict[str, Any]]) -> str:
-    """A row a held-out class, head and number of cases: Dice of the new class, and what the old ones lost."""
+    """One row per held-out class, head and number of cases: Dice of the new class, and what the old ones lost."""
     lines = [
         "| task | class that joins | head | labelled cases | its Dice | Dice of the others before | after |",
         "|---|---|---|---|---|---|---|",

@@ -107,7 +107,7 @@ def learn(
 
 
 def shared(tasks: Sequence[Task]) -> list[BiPVLSeg]:
-    """A network a task, all with the same modules; only the sentences that they hold are their own."""
+    """One network per task, all with the same modules; only the sentences that they hold are their own."""
     words = {name: text for task in tasks for name, text in task.concepts.classes.items()}
     concepts = tasks[0].concepts.model_copy(update={"classes": words})  # one vocabulary for all
     assets: TextAssets = build_model(tasks[0].model_copy(update={"concepts": concepts})).text.assets

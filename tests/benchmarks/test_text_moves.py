@@ -15,7 +15,7 @@ from lib.trainers.objective import TrainingNetwork
 @pytest.mark.slow
 @pytest.mark.parametrize("head", ["text", "fixed"])
 def test_left_and_right_exchanged_in_the_sentences(head):
-    """Two equal nodes, one a side; their sentences differ in "left" and "right" alone."""
+    """Two equal nodes, one per side; their sentences differ in "left" and "right" alone."""
     task = laterality.task(head)
     model = laterality.train(task, 100, seed=0)
     image, label = laterality.draw(8, torch.Generator().manual_seed(99))

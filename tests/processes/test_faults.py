@@ -57,7 +57,7 @@ def studies(tmp_path, phantoms):
 
 @pytest.fixture
 def mount(tmp_path):
-    """Mount something below tmp_path; skipped where this user may not."""
+    """Mount something below tmp_path; skipped if this user may not."""
     mounted = []
 
     def do(*arguments: str, target: Path) -> Path:
@@ -74,7 +74,7 @@ def mount(tmp_path):
 
 
 def labels(studies: Path) -> dict[str, str]:
-    """Every label file of a folder, also former and refused ones, with its SHA-256."""
+    """Every label file of a folder, also earlier and refused ones, with its SHA-256."""
     return {str(p.relative_to(studies)): digest(p) for p in (studies / "labels").rglob("*.nii.gz")}
 
 
@@ -97,7 +97,7 @@ def drawing(studies: Path, case: str, folder: Path, seed: int) -> Path:
 
 
 def writing(folder: Path, prefix: str, process: int) -> bool:
-    """Wait until a process of this machine writes a file that starts so; False where it ended before."""
+    """Wait until a process of this machine writes a file that starts so; False if it ended before."""
     while Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
         if folder.is_dir() and any(name.startswith(prefix) for name in os.listdir(folder)):
             return True

@@ -13,7 +13,7 @@ from support import ROOT
 
 SCRIPT = ROOT / "bipvl"
 
-# Logs its arguments; `uv venv ... DIR` makes an environment whose python prints its arguments, one a line.
+# Logs its arguments; `uv venv ... DIR` makes an environment whose python prints its arguments, one per line.
 FAKE_UV = """#!/bin/bash
 printf '%s\\n' "$*" >>"$UV_LOG"
 [ "$1" = venv ] || exit ${UV_PIP_STATUS:-0}

@@ -87,7 +87,7 @@ class Visit:
         assert (self.bad, self.elsewhere, self.errors) == ([], [], [])
 
     def picture(self, name: str) -> None:
-        """Keep a screenshot where the environment asks for it."""
+        """Keep a screenshot if the environment asks for it."""
         if folder := os.environ.get(SCREENSHOTS):
             self.page.screenshot(path=Path(folder) / f"{name}.png")
 

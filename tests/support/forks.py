@@ -109,7 +109,7 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
     def _answer(self, seconds: float | None) -> int | None:
-        """The next number that the process that forks tells, or None where it tells none in so many seconds."""
+        """The next number that the process that forks tells, or None if it tells none in so many seconds."""
         end = None if seconds is None else time.monotonic() + seconds
         while b"\n" not in self._answers:
             self._socket.settimeout(None if end is None else max(0.0, end - time.monotonic()))
@@ -211,7 +211,7 @@ def _serve(folder: Path, owner: int) -> dict[str, Any] | None:
                 _tell(key.data, end.si_status if end.si_code == os.CLD_EXITED else -end.si_status)
             elif key.data in children:  # nobody holds the other end any more
                 child = key.data
-                os.kill(child.pid, signal.SIGKILL)  # in vain where it has ended, as it is waited for only here
+                os.kill(child.pid, signal.SIGKILL)  # in vain if it has ended, as it is waited for only here
                 os.waitpid(child.pid, 0)
                 if child.pidfd in selector.get_map():
                     selector.unregister(child.pidfd)

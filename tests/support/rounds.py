@@ -56,12 +56,12 @@ class Rounds:
         return self.pid
 
     def kill(self) -> bool:
-        """kill -9 at once; False where the round had already ended."""
+        """kill -9 at once; False if the round had already ended."""
         os.kill(self.pid, signal.SIGKILL)
         return int(self._read()) == -signal.SIGKILL
 
     def wait(self) -> int:
-        """Exit code of the round, 0 where it was completed."""
+        """Exit code of the round, 0 if it was completed."""
         return int(self._read())
 
     def _read(self) -> str:

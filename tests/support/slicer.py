@@ -66,7 +66,7 @@ class Slicer:
         self.connect()
 
     def client(self) -> MONAILabelClient:
-        """A new one for every request, logged in where the server asks for it."""
+        """A new one for every request, logged in if the server asks for it."""
         client = MONAILabelClient(self.url, str(self.folder), self.client_id)
         client._headers = dict(self.headers)
         if client.auth_enabled() and self.login:

@@ -58,7 +58,7 @@ def test_the_version_is_the_one_that_was_checked(package):
     checked, found = upstream.VERSIONS[package], importlib.metadata.version(package)
     assert found == checked, (
         f"{package} {found} is installed, the assumptions were checked with {checked}: "
-        "where all other tests of this file pass, write the new version into lib/upstream.py"
+        "if all other tests of this file pass, write the new version into lib/upstream.py"
     )
     assert f"\n{package}=={checked} " in (ROOT / "requirements.txt").read_text()
 
@@ -161,7 +161,7 @@ FACTS: list[tuple[Any, str, str]] = [
     (MONAILabelApp.cleanup_sessions, "self._sessions.remove_expired()", "Sessions.remove_expired"),
     (MONAILabelApp.model_info, "self.model_file(model)", "GET /model/info"),
     (MONAILabelApp.model_file, "task.get_path(validate)", "GET /model/info"),
-    (MONAILabelApp._download_dcmqi_tools, "shutil.which(tool)", "no download where dcmqi is installed"),
+    (MONAILabelApp._download_dcmqi_tools, "shutil.which(tool)", "no download if dcmqi is installed"),
     (class_utils.is_subclass, "o.__bases__", "the app class is a direct subclass"),
     (class_utils.unload_module, "del sys.modules[m]", "modules are imported eagerly: lib is wiped when an app loads"),
     (async_task.AsyncTask.run, "return run_background_task(request, method), None", "upstream.start_task"),

@@ -183,7 +183,7 @@ def test_combined_is_the_mean_rank():
 
 
 def test_combined_ignores_what_tells_nothing_apart():
-    """Where the text has collapsed every alignment is the same: the others decide."""
+    """If the text has collapsed, every alignment is the same: the others decide."""
     cases = [case(0.9, 0.3, 10), case(0.5, 0.3, 90), case(0.1, 0.3, 180)]
     values = combined(cases, [case(angle=0)])
     expected = [np.mean([1, 0.5, 0]), np.mean([0.5, 0.5, 0.5]), np.mean([0, 0.5, 1])]

@@ -260,7 +260,7 @@ def test_the_papers_class_embedding_has_a_channel_a_class():
 
 @pytest.mark.parametrize("head", ["fixed", "text"])
 def test_a_reading_of_the_text_lasts_some_training_steps(head):
-    """Where it stands in, the layers below the first fusion learn nothing, those that carry the rows do."""
+    """If it stands in, the layers below the first fusion learn nothing, those that carry the rows do."""
     task = task_for(head=head, training={"text_interval": 3, "drop_classes": 0.5})
     network = TrainingNetwork(model_for(task), task).train()
     text, image = network.model.text, image_for(task)

@@ -95,7 +95,7 @@ def test_a_clock_that_jumps_loses_nothing(studies, labels, years):
 
 
 def test_of_two_files_left_by_a_kill_the_newer_save_counts(studies, labels, monkeypatch):
-    """Also where the older one claims to be from next year."""
+    """Even if the older one claims to be from next year."""
     store = LocalStore(studies)
     store.save_label("a", str(labels[1]), "final", {})
     old = Path(store.get_label_uri("a", "final"))

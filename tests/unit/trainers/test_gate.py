@@ -73,7 +73,7 @@ def test_a_class_that_no_label_shows_is_not_judged():
     assert decision.publish
     assert (decision.rows[1].served, decision.rows[1].candidate) == (None, None)
     assert "not judged" in decision.table().splitlines()[2]
-    # Where another label shows it, the false alarm counts.
+    # If another label shows it, the false alarm counts.
     both = scores((0.5, 1.0), (0.5, 0.5))
     worse = scores((0.6, 0.0), (0.6, 0.5))
     assert not decide(both, worse, CLASSES, shown={"a": ["liver"], "b": ["liver", "spleen"]}).publish

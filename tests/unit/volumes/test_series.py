@@ -1,4 +1,4 @@
-"""Series as volumes: the grid that a viewer sees, and a plain answer where there is none."""
+"""Series as volumes: the grid that a viewer sees, and a plain answer if there is none."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ class Leases:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            logger.warning("%s cannot be read, cases are offered as if nobody worked on them: %s", self.path, error)
+            logger.warning("%s cannot be read, so cases are offered as if nobody worked on them: %s", self.path, error)
             return {}
 
     def _keep(self, leases: dict[str, Lease]) -> None:
@@ -90,7 +90,7 @@ class Leases:
         try:
             write_json(self.path, leases)
         except OSError as error:
-            logger.warning("%s cannot be written, leases end with the server: %s", self.path, error)
+            logger.warning("%s cannot be written, so leases end with the server: %s", self.path, error)
 
 
 class Offer:

@@ -18,7 +18,7 @@ from lib.scoring import cache
 from lib.scoring.cache import CaseScores
 from lib.upstream import Strategy
 
-SEED = Number("seed", -1, "of random choices; below 0: another one each time")
+SEED = Number("seed", -1, "seed of the random choices; below 0: a new one each time")
 DESCRIPTIONS = {
     "uncertainty": "The case whose mask the model is least sure of (predictive entropy over the foreground)",
     "alignment": "The case where text and image agree least (low class-wise alignment)",

@@ -88,7 +88,7 @@ class BiPVLInfer(InferInterface):
         return Segmentation(options, loaded, task, self.task, warnings)(chosen, callbacks)
 
     def _other_text(self, loaded: Loaded) -> list[str]:
-        """A warning if the next round will read other sentences than this version does."""
+        """A warning if the next round will read sentences other than this version's."""
         try:
             newest = newest_text(self.task, self.versions.folder)
         except TaskError as error:

@@ -105,7 +105,7 @@ def infer_options(task: Task, published: Versions | None) -> OptionTable:
         Number(
             "overlap",
             task.overlap,
-            "share of a window that its neighbours share; less is faster",
+            "share of a window that overlaps the next; less is faster",
             said="the task's",
             low=0,
             below=1,
@@ -124,10 +124,10 @@ def infer_options(task: Task, published: Versions | None) -> OptionTable:
             shown=False,
             choices=RESULT_SUFFIXES,
         ),
-        Switch("result_compress", False, "of no effect; 3D Slicer sends it", shown=False),
+        Switch("result_compress", False, "no effect; 3D Slicer sends it", shown=False),
         Switch("save_label", False, "keep the mask as a label of the image", shown=False),
         Text("label_tag", ORIGINAL, "the tag of that label", shown=False),
-        _Entries("label_info", None, "of no effect; 3D Slicer sends it", said="none", shown=False),
+        _Entries("label_info", None, "no effect; 3D Slicer sends it", said="none", shown=False),
     )
 
 
@@ -138,7 +138,7 @@ def batch_options(infer: OptionTable) -> OptionTable:
         Switch("multi_gpu", True, "use several GPUs, if there are several"),
         GPUS,
         Number("max_workers", 1, "images at a time; 0: a quarter of the cores", low=0),
-        Number("max_batch_size", 0, "at most so many images; 0: all", low=0),
+        Number("max_batch_size", 0, "at most this many images; 0: all", low=0),
     )
 
 

@@ -142,7 +142,7 @@ def text_assets(checkpoint: dict[str, Any]) -> TextAssets:
 
 
 def check_same_task(checkpoint: dict[str, Any], task: Task, path: Path | str = "checkpoint") -> None:
-    """Refuse a checkpoint whose weights or values mean something else than the task's.
+    """Refuse a checkpoint whose weights or values mean something other than the task's.
 
     Sentences and training settings may differ: weights stay meaningful, and the next round trains with the new ones.
     With the text head classes may differ too, because they are known by their sentences alone.

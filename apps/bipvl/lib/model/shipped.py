@@ -48,7 +48,7 @@ def start_from_shipped(task: Task, versions: Versions, folder: Path = FOLDER) ->
                 return None
             number = versions.publish(checkpoint, why="shipped with the app")
     except (CheckpointError, OSError, Timeout) as error:
-        logger.error("%s: the shipped model cannot be used, it starts from fresh weights: %s", task.name, error)
+        logger.error("%s: the shipped model cannot be used, so it starts from fresh weights: %s", task.name, error)
         return None
     logger.info("%s: starts with the model that is shipped with the app, as version %d", task.name, number)
     return number

@@ -296,7 +296,7 @@ class Versions:
             with path.open("a") as history:
                 history.write(json.dumps(line) + "\n")
         except OSError as error:  # the version is served all the same
-            logger.warning("%s: the change to version %d is not noted: %s", path, version, error)
+            logger.warning("%s: the change to version %d was not recorded: %s", path, version, error)
 
     def _served_or_none(self) -> int | None:
         try:

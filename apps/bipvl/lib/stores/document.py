@@ -156,7 +156,7 @@ class Infos:
                 continue
             except (ValueError, OSError) as error:
                 reason = " ".join(str(error).split())[:200]
-                logger.warning("%s cannot be read, going on with an earlier one or the files alone: %s", path, reason)
+                logger.warning("%s cannot be read; going on with an earlier one or the files alone: %s", path, reason)
         return Document()
 
 

@@ -203,7 +203,7 @@ class LabelFolder:
 
 def refuse_change(reason: str = "the server was told so (MONAI_LABEL_DATASTORE_READ_ONLY)") -> NoReturn:
     """Raises ReadOnlyError, which says why."""
-    raise ReadOnlyError(f"the studies can only be read, nothing can be saved: {reason}")
+    raise ReadOnlyError(f"the studies can only be read and nothing can be saved: {reason}")
 
 
 def refused(check: Callable[[Any], Any], value: Any) -> Any:

@@ -294,7 +294,7 @@ class LocalStore(Store):
             check_trainable(drawn if changed is None else changed, info, self.tasks)
         with tempfile.TemporaryDirectory() as folder, self._kept.writing():
             if _signature(self._image(case)) != before:
-                raise ConflictError(f"image {case!r} was replaced meanwhile")
+                raise ConflictError(f"image {case!r} was replaced in the meantime")
             if renumbered:
                 info["label_names"] = renumbered.names
                 source = renumbered.file(source, Path(folder), image)

@@ -197,7 +197,7 @@ def align_label(label: MetaTensor, image: MetaTensor) -> MetaTensor:
     the ways, and by no other in another voxel order. The log says which was taken if ITK would take another.
 
     Raises:
-        ValueError: the label has several channels, covers another grid than the image, or fits in two ways.
+        ValueError: the label has several channels, covers a different grid from the image's, or fits in two ways.
     """
     if label.ndim != 4 or label.shape[0] != 1:
         found = f"shape {tuple(label.shape)}"

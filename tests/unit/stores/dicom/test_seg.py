@@ -294,7 +294,7 @@ def test_beyond_the_image_is_refused(seg: Dataset, volume: Volume) -> None:
     for item in seg.PerFrameFunctionalGroupsSequence:
         plane = item.PlanePositionSequence[0]
         plane.ImagePositionPatient = [float(x) + d for x, d in zip(plane.ImagePositionPatient, (0, 0, 3), strict=True)]
-    with pytest.raises(StoreError, match="reaches out of its image"):
+    with pytest.raises(StoreError, match="extends beyond its image"):
         read_seg(seg, volume)
 
 

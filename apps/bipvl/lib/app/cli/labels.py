@@ -45,4 +45,6 @@ def rename(
     if yes:
         console.print(f"{len(places)} label(s) now say {new!r} instead of {old!r}.", highlight=False)
     else:
-        console.print(f"{len(places)} label(s) would change; nothing was changed. Do it with --yes.", highlight=False)
+        console.print(
+            f"{len(places)} label(s) would change; nothing was changed. To change them, add --yes.", highlight=False
+        )

@@ -212,7 +212,7 @@ def router(archive: str, settings: Settings = server_settings) -> APIRouter:
                 "this server's studies are not a DICOMweb archive; it would be started with, for example,"
                 " --studies http://127.0.0.1:8042/dicom-web",
             )
-        # Whoever decodes once more on the way to the archive must not find another path than the one checked here.
+        # Whoever decodes once more on the way to the archive must not find a path other than the one checked here.
         if b"%" in request.scope.get("raw_path", b""):
             raise HTTPException(400, "DICOMweb paths have no escapes (%); they belong in the query, after the ?")
         service, resource = split(path)

@@ -81,7 +81,7 @@ class FusedWindowAttention(WindowAttention):
 
     @classmethod
     def like(cls, plain: WindowAttention) -> FusedWindowAttention:
-        """One with the sizes and the very parameters of MONAI's own. Draws no random number."""
+        """One with the sizes and the same parameter objects as MONAI's own. Draws no random number."""
         with torch.device("meta"):
             fused = cls(
                 plain.dim,

@@ -187,7 +187,7 @@ class Listings:
         try:
             write_json(self._path, {uid: asdict(seg) for uid, seg in known.items()})
         except OSError as error:
-            logger.warning("%s cannot be written, SEGs are described again after a restart: %s", self._path, error)
+            logger.warning("%s cannot be written, so SEGs are described again after a restart: %s", self._path, error)
 
     def _tell(self, text: str) -> None:
         if text not in self._told:
@@ -261,5 +261,5 @@ def _read(path: Path) -> dict[str, Segmentation]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        logger.warning("%s cannot be read, SEGs are described again: %s", path, error)
+        logger.warning("%s cannot be read, so SEGs are described again: %s", path, error)
         return {}

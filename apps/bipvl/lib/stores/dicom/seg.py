@@ -333,5 +333,5 @@ class _Planes:
         place = np.round(origin)[:, None] + np.outer(steps[0], columns) + np.outer(steps[1], rows)
         index = place.astype(np.int64)
         if index.size and ((index < 0).any() or (index >= np.array(self._shape)[:, None]).any()):
-            raise StoreError(f"the segmentation reaches out of its image in frame {frame + 1}")
+            raise StoreError(f"the segmentation extends beyond its image in frame {frame + 1}")
         return tuple(index)

@@ -60,7 +60,7 @@ def task_routes(services: Services) -> APIRouter:
         try:
             app.datastore().update_image_info(found["id"], {"strategy": noted})
         except (ValueError, OSError) as error:  # a read-only folder can still be looked through
-            logger.warning("What was offered could not be noted: %s", error)
+            logger.warning("What was offered could not be recorded: %s", error)
         if services.auth:
             services.auth.downloads.allow(address_of(request.scope), found["id"], user)
         image_info.pop(cache.KEY, None)  # vectors of the model, of no use to a client

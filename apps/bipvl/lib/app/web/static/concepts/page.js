@@ -54,7 +54,7 @@ function standing(served, text) {
   const rule = 'The next training round reads the newest revision.'
   if (!served) return `No version is published yet. ${rule}`
   if (served.hash === state.hash) return `Version ${served.version} is served and was trained with these sentences. A saved revision changes no mask before the next training round, which reads the newest revision.`
-  const own = served.revisions.length ? (served.revisions[0] ? `revision ${served.revisions[0]}` : 'the concepts file') : 'other sentences, which are no revision'
+  const own = served.revisions.length ? (served.revisions[0] ? `revision ${served.revisions[0]}` : 'the concepts file') : 'other sentences, which are not a revision'
   return `Version ${served.version} is served and goes on reading ${own}, with which it was trained; masks do not change yet. ${rule}`
 }
 

@@ -114,7 +114,7 @@ export class Drawing {
     return { dimensions: [...dimensions], affine, data: Uint8Array.from(this._voxels()) }
   }
 
-  /** Replace it by a volume of the same voxels, whatever the order of its axes. */
+  /** Replace it with a volume of the same voxels, whatever the order of its axes. */
   write(volume) {
     const values = onGrid(volume, this.read())
     this._check(values)

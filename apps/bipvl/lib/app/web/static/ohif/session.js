@@ -22,7 +22,7 @@ export class Session {
     this.drawings = new Map() // by id, all that were opened
     this.result = null // of the last auto-segmentation of this drawing
     this.overlay = null // the uncertainty map over the images, while it is shown
-    this.submitted = null // what the server has of this drawing: {when, voxels}, or {} for a label of before
+    this.submitted = null // what the server has of this drawing: {when, voxels}, or {} for an earlier label
     this.training = null // the status of the latest round
     this.busy = '' // what is being done
     this.message = null // {kind: 'error' | 'note', text, retry}
@@ -33,7 +33,7 @@ export class Session {
     addEventListener('beforeunload', event => {
       if (this.unsubmitted && !this._leaving) event.preventDefault()
     })
-    // The viewer's way back to the study list is no page load.
+    // The viewer's way back to the study list is not a page load.
     document.addEventListener('click', event => {
       if (!event.target.closest?.('[data-cy="return-to-work-list"]') || !this.unsubmitted) return
       if (!this.confirm('Your drawing is not submitted. Leave it? It is offered again when you come back.')) {
@@ -72,7 +72,7 @@ export class Session {
     this._run('', () => this._connect())
   }
 
-  /** The mode was left: its segmentations are gone, what was drawn is kept. */
+  /** The mode was left: its segmentations are gone; what was drawn is kept. */
   stop() {
     this._subscriptions.forEach(subscription => subscription.unsubscribe())
     for (const drawing of this.drawings.values()) {
@@ -202,7 +202,7 @@ export class Session {
     const { edits } = drawing
     this._run('Segmenting', async () => {
       const { mask, result } = await server.infer(task, drawing.series, this.options.infer[task] ?? {})
-      if (drawing.edits !== edits && !this.confirm('You have drawn while the server worked. Replace that by its mask?')) return
+      if (drawing.edits !== edits && !this.confirm('You have drawn while the server worked. Replace your drawing with its mask?')) return
       await this._keep(drawing)
       drawing.write(await fromNifti(mask))
       this.hideMap()

@@ -81,10 +81,10 @@ export function onGrid(volume, { dimensions, affine }) {
       const whole = voxel.reduce((sum, n, axis) => sum + n * units[axis][i], start)
       return whole < 0 || whole >= volume.dimensions[i] || !(Math.abs(exact[i] - whole) <= TOLERANCE)
     })
-    if (differs) throw new Error('The mask lies on another voxel grid than the images shown here.')
+    if (differs) throw new Error('The mask lies on a different voxel grid from the images shown here.')
   }
   if (volume.data.length !== dimensions.reduce((a, b) => a * b)) {
-    throw new Error('The mask has another number of voxels than the images shown here.')
+    throw new Error('The mask has a different number of voxels from the images shown here.')
   }
   const result = new Uint8Array(volume.data.length)
   const strides = [1, volume.dimensions[0], volume.dimensions[0] * volume.dimensions[1]]
