@@ -29,21 +29,21 @@ os.register_at_fork(after_in_child=gc.disable)  # a collection would copy the wh
 LONGEST = (
     "processes/test_server.py",
     "processes/test_faults.py",
-    "processes/test_web_schema.py",
+    "processes/web/test_web_schema.py",
     "browser/test_ohif_loop.py",
     "processes/test_scoring_server.py",
-    "processes/test_load.py",
-    "processes/test_deployment.py",
+    "processes/clients/test_load.py",
+    "processes/install/test_deployment.py",
     "benchmarks/test_text_moves.py",
     "browser/test_ohif.py",
-    "unit/stores/dicom/test_property.py",
+    "processes/dicom/test_property.py",
     "browser/test_ohif_export.py",
     "benchmarks/test_accuracy.py",
-    "processes/test_slicer.py",
-    "processes/test_dicom_server.py",
+    "processes/clients/test_slicer.py",
+    "processes/dicom/test_dicom_server.py",
 )
 
-pytest.register_assert_rewrite("support.browser")  # what failed is said there as in tests
+pytest.register_assert_rewrite("support.clients.browser")  # what failed is said there as in tests
 
 
 def pytest_configure(config: pytest.Config) -> None:

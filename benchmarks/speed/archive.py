@@ -21,8 +21,8 @@ import pydicom
 import typer
 
 from lib.tasks import load_task
-from support.archive import Archive
-from support.stores import store_on
+from support.dicom.archive import Archive
+from support.dicom.stores import store_on
 
 
 def main(series: Path, labels: int = 15, repeats: int = 5, task: str = "amos22-ct") -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from lib.tasks import load_task
 from lib.tasks.revisions import Revisions
-from support.browser import ACCOUNT, ACCOUNT_OF_SERVER, SMALL, chromium, needs_browser, sync_api, visiting
+from support.clients.browser import ACCOUNT, ACCOUNT_OF_SERVER, SMALL, chromium, needs_browser, sync_api, visiting
 from support.server import Server
 
 pytestmark = [needs_browser, pytest.mark.slow]

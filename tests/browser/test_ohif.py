@@ -14,8 +14,17 @@ from fastapi.testclient import TestClient
 
 from lib.app.web import ohif
 from lib.upstream import OHIF
-from support.archive import Archive, needs_orthanc
-from support.browser import ACCOUNT_OF_SERVER, ELSEWHERE, SMALL, Visit, chromium, needs_browser, sync_api, visiting
+from support.clients.browser import (
+    ACCOUNT_OF_SERVER,
+    ELSEWHERE,
+    SMALL,
+    Visit,
+    chromium,
+    needs_browser,
+    sync_api,
+    visiting,
+)
+from support.dicom.archive import Archive, needs_orthanc
 from support.server import Server
 
 SLICES = 16

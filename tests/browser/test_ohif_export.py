@@ -19,10 +19,19 @@ from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from lib.stores.cases import audit
 from lib.tasks import load_task
-from support.archive import Archive, needs_orthanc
-from support.browser import ACCOUNT, ACCOUNT_OF_SERVER, SMALL, Visit, another_patient, chromium, needs_browser, visiting
+from support.clients.browser import (
+    ACCOUNT,
+    ACCOUNT_OF_SERVER,
+    SMALL,
+    Visit,
+    another_patient,
+    chromium,
+    needs_browser,
+    visiting,
+)
+from support.dicom.archive import Archive, needs_orthanc
+from support.dicom.stores import store_on
 from support.server import Server
-from support.stores import store_on
 
 PATIENT, SLICES = "CASE-A", 12
 ZONE = "Asia/Tokyo"  # of the server: the viewer writes UTC

@@ -17,8 +17,7 @@ import requests
 import yaml
 
 from support import ROOT
-from support.archive import Archive, needs_orthanc
-from support.browser import (
+from support.clients.browser import (
     ACCOUNT,
     ACCOUNT_OF_SERVER,
     SMALL,
@@ -29,6 +28,7 @@ from support.browser import (
     needs_browser,
     visiting,
 )
+from support.dicom.archive import Archive, needs_orthanc
 from support.server import Server
 
 PATIENTS = {"CASE-A": slice(0, 10), "CASE-B": slice(10, 20), "CASE-C": slice(20, 30)}

@@ -24,7 +24,7 @@ from lib.model import versions
 from lib.model.versions import Versions
 from lib.stores.local import LocalStore
 from support import FAULTS
-from support.load import digest
+from support.clients.load import digest
 from support.rounds import Rounds
 from support.server import Server
 from support.training import SMALL

@@ -17,8 +17,8 @@ from monailabel.client import MONAILabelClient
 from lib.scoring import cache
 from lib.stores.dicom.listing import FRESH_SECONDS
 from lib.stores.local import LocalStore
-from support.archive import Archive, needs_orthanc
-from support.series import ACCOUNT, SHAPE, stored
+from support.dicom.archive import Archive, needs_orthanc
+from support.dicom.series import ACCOUNT, SHAPE, stored
 from support.server import Server
 
 RANKED = ("uncertainty", "alignment", "diverse", "combined")

@@ -1,8 +1,8 @@
 """All that this app assumes about MONAI Label, uvicorn and dicomweb-client beyond what they promise, in one place.
 
-Every other module imports them from here, under names of ours. tests/unit/test_upstream.py holds a table of the
-assumptions, each with a test that looks at the installed packages: an upgrade that breaks one fails there and says what
-changed. The module imports nothing of ours, so that every package may import it.
+Every other module imports them from here, under names of ours. tests/unit/project/test_upstream_code.py holds a table
+of the assumptions, each with a test that looks at the installed packages: an upgrade that breaks one fails there and
+says what changed. The module imports nothing of ours, so that every package may import it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The losses: closed forms of Eqs. 1, 3 and 11-15, and properties of all (Eqs. 4-9: test_losses_alignment.py)."""
+"""The losses: closed forms of Eqs. 1, 3 and 11-15, and properties of all (Eqs. 4-9: losses/test_alignment.py)."""
 
 import doctest
 import math

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from lib.app.cli.commands import app
 from lib.volumes.reading import read_volume
 from lib.volumes.series import SeriesError, Volume, read_headers, volume_of, write_nifti
-from support.dicoms import AXIAL, make_series, with_uids
+from support.dicom.dicoms import AXIAL, make_series, with_uids
 from support.training import OPTIONS
 
 OBLIQUE = (0.8, 0.6, 0.0, -0.48, 0.64, 0.6)

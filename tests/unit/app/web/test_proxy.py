@@ -16,9 +16,9 @@ from fastapi import HTTPException
 from monailabel.config import Settings
 
 from lib.app.web import proxy
-from support.archive import DICOM_PARTS, WAIT, Recorder, free_port, once_a_connection, reply, serving
+from support.dicom.archive import DICOM_PARTS, WAIT, Recorder, free_port, once_a_connection, reply, serving
 
-pytest_plugins = ("support.archive_fixtures",)
+pytest_plugins = ("support.dicom.fixtures",)
 
 UID = "1.2.840.10008.1"
 LONGEST = "1." * 31 + "12"  # 64 characters

@@ -18,11 +18,11 @@ from pydicom.tag import Tag
 
 from lib.stores.dicom.seg import read_seg, write_seg
 from lib.volumes.series import Volume, read_headers, volume_of
-from support.dicoms import iod_errors, make_series, needs_dciodvfy
-from support.memory import MemoryArchive
-from support.stores import TASK, label_file, label_of
+from support.dicom.dicoms import iod_errors, make_series, needs_dciodvfy
+from support.dicom.memory import MemoryArchive
+from support.dicom.stores import TASK, label_file, label_of
 
-pytest_plugins = ("support.archive_fixtures",)
+pytest_plugins = ("support.dicom.fixtures",)
 
 
 def put(ds: Dataset, name: str, kind: str, value: str) -> None:

@@ -15,14 +15,14 @@ from lib.stores.dicom.cache import ImageCache
 from lib.stores.dicom.store import DicomStore
 from lib.stores.errors import BusyError, ReadOnlyError
 from lib.stores.locks import Lock, Order
-from support.archive import WAIT
-from support.dicoms import make_series
+from support.dicom.archive import WAIT
+from support.dicom.dicoms import make_series
+from support.dicom.memory import MemoryArchive
+from support.dicom.stores import SHAPE, TASK, label_file, label_of
 from support.drawn import history
 from support.helpers import write_nifti
-from support.memory import MemoryArchive
-from support.stores import SHAPE, TASK, label_file, label_of
 
-pytest_plugins = ("support.archive_fixtures",)
+pytest_plugins = ("support.dicom.fixtures",)
 
 
 @pytest.fixture

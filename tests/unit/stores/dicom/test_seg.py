@@ -18,7 +18,7 @@ from lib.stores.dicom.seg import MadeBy, read_seg, segment_labels, write_seg
 from lib.stores.errors import StoreError
 from lib.tasks import Task, list_tasks, load_task
 from lib.volumes.series import Volume, read_headers, volume_of
-from support.dicoms import dcmqi_seg, iod_errors, make_series, needs_dciodvfy
+from support.dicom.dicoms import dcmqi_seg, iod_errors, make_series, needs_dciodvfy
 from support.helpers import concepts, label, tiny_task
 
 NOON = datetime(2026, 1, 31, 12, 0, 0, 250000)

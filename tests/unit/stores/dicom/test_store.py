@@ -11,11 +11,11 @@ from monailabel.datastore.dicom import DICOMwebClientX
 from lib.stores.dicom.archive import Archive, ArchiveError
 from lib.stores.dicom.store import DicomStore
 from lib.stores.errors import StoreError
-from support.archive import Recorder, free_port, once_a_connection
+from support.dicom.archive import Recorder, free_port, once_a_connection
 from support.drawn import history, ten_drawings, value_of
 from support.helpers import tiny_task
 
-pytest_plugins = ("support.archive_fixtures",)
+pytest_plugins = ("support.dicom.fixtures",)
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import numpy as np
 
 from lib.tasks import load_task
 from lib.volumes.series import read_headers
-from support.archive import Archive
-from support.dicoms import dcmqi_seg, make_series
+from support.dicom.archive import Archive
+from support.dicom.dicoms import dcmqi_seg, make_series
 from support.training import SMALL
 
 ACCOUNT = ("archivist", "a long word")

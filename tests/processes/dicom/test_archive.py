@@ -12,12 +12,12 @@ from lib.stores.cases import audit
 from lib.stores.dicom.store import DicomStore
 from lib.stores.errors import ConflictError, NotInStoreError, StoreError
 from lib.volumes.series import SeriesError
-from support.archive import Archive, needs_orthanc
-from support.dicoms import make_series
+from support.dicom.archive import Archive, needs_orthanc
+from support.dicom.dicoms import make_series
+from support.dicom.stores import SHAPE, TASK, counted, label_file, label_of, seg_of, store_on
 from support.drawn import history, rejected
-from support.stores import SHAPE, TASK, counted, label_file, label_of, seg_of, store_on
 
-pytest_plugins = ("support.archive_fixtures",)
+pytest_plugins = ("support.dicom.fixtures",)
 pytestmark = [needs_orthanc, pytest.mark.usefixtures("always_asked")]
 
 

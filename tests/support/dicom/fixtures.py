@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from lib.stores.dicom.store import DicomStore
-from support.archive import WAIT, Archive, Recorder
-from support.dicoms import make_series
-from support.stores import SHAPE, TASK, store_on
+from support.dicom.archive import WAIT, Archive, Recorder
+from support.dicom.dicoms import make_series
+from support.dicom.stores import SHAPE, TASK, store_on
 
 
 @pytest.fixture(scope="module")

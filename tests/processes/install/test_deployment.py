@@ -24,10 +24,10 @@ import requests
 from monailabel.client.client import MONAILabelClientException
 
 from support import ROOT
-from support.archive import PROGRAM, Archive, free_port, needs_orthanc
-from support.dicoms import with_uids
+from support.clients.slicer import Slicer, loop, read, shown
+from support.dicom.archive import PROGRAM, Archive, free_port, needs_orthanc
+from support.dicom.dicoms import with_uids
 from support.server import Server
-from support.slicer import Slicer, loop, read, shown
 from support.training import SMALL
 
 DEPLOY = ROOT / "docs" / "running" / "deploy"

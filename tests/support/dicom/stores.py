@@ -12,8 +12,8 @@ from monailabel.datastore.dicom import DICOMwebClientX
 
 from lib.stores.dicom.store import DicomStore
 from lib.tasks import Task
-from support.archive import Archive
-from support.dicoms import dcmqi_seg
+from support.dicom.archive import Archive
+from support.dicom.dicoms import dcmqi_seg
 from support.helpers import tiny_task
 
 SHAPE = (9, 7, 5)

@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lib.stores.dicom.store import DicomStore
-from support.archive import Archive, needs_orthanc
-from support.dicoms import make_series
+from support.dicom.archive import Archive, needs_orthanc
+from support.dicom.dicoms import make_series
+from support.dicom.stores import label_of, store_on
 from support.helpers import concepts, label, tiny_task
-from support.stores import label_of, store_on
 
 pytestmark = needs_orthanc
 

@@ -305,7 +305,7 @@ def test_who_may_read_images_may_read_reports(realm):
 def test_reports_in_a_browser(studies, tmp_path):
     """Linked from the start page, closed to strangers, nothing loaded, nothing refused by the policy, no sideways
     scrolling on a narrow screen."""
-    from support.browser import chromium
+    from support.clients.browser import chromium
     from support.server import Server
 
     trainer = small_trainer(tmp_path / "models")

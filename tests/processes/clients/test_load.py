@@ -2,7 +2,7 @@
 
 import pytest
 
-from support import load
+from support.clients import load
 from support.server import Server, add_case
 from support.training import SMALL
 

@@ -17,13 +17,13 @@ from lib.stores.cases import audit
 from lib.stores.dicom.archive import ArchiveError
 from lib.stores.dicom.store import DicomStore
 from lib.stores.errors import StoreError
-from support.archive import Archive, Recorder, needs_orthanc, reply
-from support.dicoms import dcmqi_seg, make_series
+from support.dicom.archive import Archive, Recorder, needs_orthanc, reply
+from support.dicom.dicoms import dcmqi_seg, make_series
+from support.dicom.stores import SHAPE, TASK, counted, dated, label_file, label_of, seg_of, store_on
 from support.drawn import history
 from support.helpers import concepts, label, tiny_task
-from support.stores import SHAPE, TASK, counted, dated, label_file, label_of, seg_of, store_on
 
-pytest_plugins = ("support.archive_fixtures",)
+pytest_plugins = ("support.dicom.fixtures",)
 pytestmark = [needs_orthanc, pytest.mark.usefixtures("always_asked")]
 
 

@@ -21,12 +21,12 @@ from lib.stores.cases import audit
 from lib.stores.dicom.listing import FRESH_SECONDS
 from lib.stores.dicom.store import DicomStore
 from lib.trainers import BiPVLTrain
-from support.archive import Archive, needs_orthanc
-from support.dicoms import iod_errors, needs_dciodvfy
+from support.dicom.archive import Archive, needs_orthanc
+from support.dicom.dicoms import iod_errors, needs_dciodvfy
+from support.dicom.series import ACCOUNT, SHAPE, TASK, stored
+from support.dicom.stores import label_file, label_of, store_on
 from support.drawn import history, rejected
-from support.series import ACCOUNT, SHAPE, TASK, stored
 from support.server import Server
-from support.stores import label_file, label_of, store_on
 from support.training import SMALL
 
 

@@ -11,7 +11,7 @@ import pydicom
 import pytest
 import requests
 
-from support.archive import DICOM_PARTS, WAIT, Archive, needs_orthanc, serving
+from support.dicom.archive import DICOM_PARTS, WAIT, Archive, needs_orthanc, serving
 
 pytestmark = needs_orthanc
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from support import ROOT
-from support.attack import PASSWORDS, Evil, bomb, raw, tar_with, users_file, zip_with
+from support.clients.attack import PASSWORDS, Evil, bomb, raw, tar_with, users_file, zip_with
 from support.server import ELSEWHERE, Server
 from support.training import SMALL
 

@@ -23,9 +23,9 @@ from lib.stores.local import LocalStore
 from lib.tasks import list_tasks, load_task
 from lib.trainers import BiPVLTrain
 from lib.volumes.masks import write_mask
+from support.clients.slicer import Slicer, loop, shown, widget_of
 from support.helpers import label, tiny_task, write_nifti
 from support.server import ELSEWHERE, Server, add_case
-from support.slicer import Slicer, loop, shown, widget_of
 from support.training import SMALL
 
 FROM_ELSEWHERE = {"X-Forwarded-For": ELSEWHERE}

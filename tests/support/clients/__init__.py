@@ -1,0 +1,1 @@
+"""Clients at work: 3D Slicer, a browser, annotators without a pause, and attackers."""

@@ -1,0 +1,1 @@
+"""What tests of DICOM share: archives, made-up series, and stores on both."""
