@@ -8,6 +8,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
+from torch import Tensor
 
 from lib.model import checkpoints
 from lib.model.nets import build_model
@@ -106,6 +107,29 @@ def write_nifti(path: Path, data: np.ndarray, affine: np.ndarray | None = None) 
 def one_hot(encoded: torch.Tensor, channels: int) -> torch.Tensor:
     """Class indices (1, ...) as probabilities (channels, ...)."""
     return torch.nn.functional.one_hot(encoded[0].long(), channels).movedim(-1, 0).float()
+
+
+def exclusive(
+    batch: int = 2, classes: int = 3, size: int = 4, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """Random logits with a background channel and a label that holds every class."""
+    label = torch.arange(batch * size**3).view(batch, 1, size, size, size) % (classes + 1)
+    return torch.randn(batch, classes + 1, size, size, size, dtype=dtype), label
+
+
+def regions(
+    batch: int = 2, classes: int = 3, size: int = 4, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """Random logits and random overlapping regions."""
+    shape = (batch, classes, size, size, size)
+    return torch.randn(shape, dtype=dtype), torch.rand(shape).gt(0.5).to(torch.uint8)
+
+
+def vectors(batch: int = 2, classes: int = 5, concepts: int = 3, width: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+    """Random text (B, C, P), concepts (B, C, K, P) and vision (B, C, P) in float64."""
+    text = torch.randn(batch, classes, width, dtype=torch.float64)
+    rows = torch.randn(batch, classes, concepts, width, dtype=torch.float64)
+    return text, rows, torch.randn(batch, classes, width, dtype=torch.float64)
 
 
 def _task(data: dict[str, Any], changes: dict[str, Any]) -> Task:

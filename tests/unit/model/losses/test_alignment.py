@@ -13,20 +13,9 @@ from lib.model.losses import (
     global_alignment_loss,
     local_alignment_loss,
 )
+from support.helpers import vectors
 
 TAU = 0.2
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
-def vectors(batch: int = 2, classes: int = 5, concepts: int = 3, width: int = 6) -> tuple[Tensor, Tensor, Tensor]:
-    """Random text (B, C, P), concepts (B, C, K, P) and vision (B, C, P) in float64."""
-    text = torch.randn(batch, classes, width, dtype=torch.float64)
-    rows = torch.randn(batch, classes, concepts, width, dtype=torch.float64)
-    return text, rows, torch.randn(batch, classes, width, dtype=torch.float64)
 
 
 def align(text: Tensor, rows: Tensor, vision: Tensor, present: Tensor | None = None) -> Tensor:
