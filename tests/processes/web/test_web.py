@@ -1,30 +1,19 @@
-"""What clients rely on: MONAI Label's own, OpenID realms, an answer while another request computes."""
+"""What clients rely on: MONAI Label's own, an answer while another request computes, nothing left by a kill."""
 
-import base64
 import json
 import re
 import signal
 import subprocess
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs
 
-import bcrypt
-import jwt
 import nibabel as nib
 import numpy as np
 import pytest
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import rsa
 from monailabel.client import MONAILabelClient
 from monailabel.client.client import MONAILabelClientException
 
-from lib.app.web.access.accounts import UsersFile
-from lib.app.web.access.auth import Throttle
-from lib.app.web.access.guard import role_needed
-from lib.app.web.access.options import OptionError, WebOptions
 from lib.volumes.phantoms.studies import write_studies
 from support.server import Server
 from support.training import SMALL
@@ -46,9 +35,6 @@ def server(studies):
     }
     with Server(studies, studies.parent / "models", SMALL, **account) as server:
         yield server
-
-
-# MONAI Label's client -------------------------------------------------------------------------------------------------
 
 
 def test_logging_in(server):
@@ -216,171 +202,6 @@ def test_the_page_names_every_route_and_needs_no_other_server(server):
     text = server.call("GET", "/").text
     assert "/infer/{model}" in text
     assert not re.search(r"(src|href)=\"?https?://", text)
-
-
-# OpenID ---------------------------------------------------------------------------------------------------------------
-
-
-class Realm:
-    """A realm like Keycloak's: discovery, keys, and tokens for a name and a password."""
-
-    def __init__(self, with_key_set: bool) -> None:
-        self.key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
-        public = self.key.public_key()
-        der = public.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
-        realm = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                discovery = {"token_endpoint": f"{realm.uri}/token"}
-                if with_key_set:
-                    discovery["jwks_uri"] = f"{realm.uri}/keys"
-                jwk = {**json.loads(jwt.algorithms.RSAAlgorithm.to_jwk(public)), "kid": "1", "use": "sig"}
-                known = {
-                    "/.well-known/openid-configuration": discovery,
-                    "/keys": {"keys": [jwk]},
-                    "": {"public_key": base64.b64encode(der).decode()},
-                }
-                self.answer(known.get(self.path.removeprefix("/realms/test")))
-
-            def do_POST(self):
-                form = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
-                right = form["password"] == ["word"] and form["client_id"] == ["monailabel-app"]
-                role = {"ada": "monailabel-annotator", "rob": "monailabel-admin"}.get(form["username"][0])
-                self.answer({"access_token": realm.token(role), "token_type": "Bearer"} if right else None, 401)
-
-            def answer(self, body, otherwise=404):
-                self.send_response(200 if body else otherwise)
-                self.end_headers()
-                self.wfile.write(json.dumps(body or {}).encode())
-
-            def log_message(self, *_):
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.uri = f"http://127.0.0.1:{self.http.server_port}/realms/test"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-
-    def token(self, role, expires=600, key=None):
-        claims = {"preferred_username": "someone", "exp": int(time.time()) + expires, "realm_access": {"roles": [role]}}
-        return jwt.encode(claims, key or self.key, algorithm="RS256", headers={"kid": "1"})
-
-
-@pytest.mark.parametrize("with_key_set", [True, False], ids=["key set", "public key"])
-def test_openid(studies, tmp_path, with_key_set):
-    realm = Realm(with_key_set)
-    settings = {"MONAI_LABEL_AUTH_ENABLE": "true", "MONAI_LABEL_AUTH_REALM_URI": realm.uri}
-    with Server(studies, tmp_path / "models", SMALL, **settings) as server:
-        client = MONAILabelClient(server.url)
-        assert client.auth_enabled() is True
-        for path in ("/info/", "/", "/docs", "/openapi.json", "/ohif/", "/static/x"):
-            assert server.call("GET", path).status_code == 401, "on this machine too, as with the stock server"
-        client.update_auth(client.auth_token("ada", "word"))
-        assert client.auth_valid_token()
-        assert "quickstart" in client.info()["models"]
-        assert server.call("GET", "/info/", elsewhere=True, auth=("ada", "word")).ok, "a browser's way"
-        assert server.call("GET", "/info/", elsewhere=True, auth=("ada", "wrong")).status_code == 401
-
-        def status(method, path, token):
-            return server.call(method, path, headers={"Authorization": f"Bearer {token}"}).status_code
-
-        assert status("GET", "/info/", realm.token("monailabel-user")) == 200
-        assert status("GET", "/info/", realm.token("some-other-role")) == 401
-        assert status("GET", "/info/", realm.token("monailabel-user", expires=-5)) == 401
-        other = rsa.generate_private_key(public_exponent=65537, key_size=2048)
-        assert status("GET", "/info/", realm.token("monailabel-admin", key=other)) == 401
-        assert status("POST", "/train/none", realm.token("monailabel-annotator")) == 403, "the stock server's rule"
-        assert status("POST", "/train/none", realm.token("monailabel-admin")) == 404
-        realm.http.shutdown()
-        realm.http.server_close()
-        assert server.call("GET", "/info/", auth=("rob", "word")).status_code == 503
-
-
-# Parts ----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("conf", "environment", "reason"),
-    [
-        ({"insecure": "yes"}, {}, "--conf insecure: expected true or false, got 'yes'"),
-        ({"insecure": "true"}, {"BIPVL_TOKEN": "x" * 16}, "choose one"),
-        ({}, {"BIPVL_USER": "ada"}, "set both or neither"),
-        ({}, {"BIPVL_TOKEN": "short"}, "at least 16"),
-        ({"token": "/no/such/file"}, {}, "cannot be read"),
-        ({"max_upload_mb": "-1"}, {}, "expected a whole number above 0"),
-        ({"hosts": "http://label.example"}, {}, "without scheme, port"),
-        ({"cors_origins": "*"}, {}, "scheme://host"),
-    ],
-)
-def test_access_options_that_cannot_be_used(conf, environment, reason):
-    with pytest.raises(OptionError, match=re.escape(reason)):
-        WebOptions.read(conf, environment)
-
-
-def test_secrets_leave_the_environment():
-    environment = {"BIPVL_USER": "ada", "BIPVL_PASSWORD": "word", "BIPVL_TOKEN": "x" * 16, "HOME": "/"}
-    options = WebOptions.read({}, environment)
-    assert options.account == ("ada", "word")
-    assert environment == {"BIPVL_USER": "ada", "HOME": "/"}
-    assert "word" not in repr(options)
-
-
-@pytest.mark.parametrize(
-    ("text", "mode", "reason"),
-    [
-        ("ada:{hash}", 0o644, "chmod 600"),
-        ("ada:{hash}:chief", 0o600, "line 1: unknown role 'chief'; valid are viewer, annotator, admin"),
-        ("ada:$apr1$x$y", 0o600, "line 1: expected name:bcrypt-hash[:role]"),
-        ("# nobody\n", 0o600, "has no account"),
-        ("ada:{hash}\nada:{hash}\n", 0o600, "line 2: 'ada' has two lines"),
-    ],
-)
-def test_accounts_files_that_cannot_be_used(tmp_path, text, mode, reason):
-    file = tmp_path / "users"
-    file.write_text(text.replace("{hash}", bcrypt.hashpw(b"word", bcrypt.gensalt(4)).decode()))
-    file.chmod(mode)
-    with pytest.raises(OptionError, match=re.escape(reason)):
-        UsersFile(file)
-
-
-def test_each_failed_login_doubles_the_wait():
-    now = [0.0]
-    throttle = Throttle(lambda: now[0])
-    waits = []
-    for _ in range(8):
-        throttle.failed("198.51.100.9")
-        waits.append(throttle.wait("198.51.100.9"))
-    assert waits == [0, 0, 0, 0, 2, 4, 8, 16]
-    assert throttle.wait("198.51.100.8") == 0
-    now[0] = 16
-    assert throttle.wait("198.51.100.9") == 0
-    now[0] = 3600
-    throttle.failed("198.51.100.9")
-    assert throttle.wait("198.51.100.9") == 0, "forgotten"
-    for address in ("2001:db8::1", "2001:db8::2", "2001:db8::3", "2001:db8::4", "2001:db8::5"):
-        throttle.failed(address)
-    assert throttle.wait("2001:db8::6") == 2, "one network"
-
-
-@pytest.mark.parametrize(
-    ("method", "path", "role", "in_a_realm"),
-    [
-        ("GET", "/info/", "viewer", "viewer"),
-        ("POST", "/infer/x", "viewer", "viewer"),
-        ("POST", "/train/x", "annotator", "admin"),
-        ("DELETE", "/train/", "annotator", "admin"),
-        ("PUT", "/session/", "annotator", "viewer"),
-        ("POST", "/activelearning/x", "annotator", "viewer"),
-        ("PUT", "/datastore/label", "annotator", "annotator"),
-        ("DELETE", "/datastore/label", "admin", "admin"),
-        ("PUT", "/model/x", "admin", "admin"),
-        ("GET", "/logs", "admin", "admin"),
-        ("TRACE", "/info/", "admin", "admin"),
-    ],
-)
-def test_role_table(method, path, role, in_a_realm):
-    assert role_needed(method, path) == role
-    assert role_needed(method, path, realm=True) == in_a_realm
 
 
 def test_a_killed_servers_temporary_folder_goes_at_the_next_start(studies, tmp_path):
