@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ast
+from collections import defaultdict
 from graphlib import TopologicalSorter
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 
@@ -25,6 +26,9 @@ ORDER = (
     ("lib.options",),
     ("lib.files", "lib.upstream"),
 )
+ROOMS = ("apps", "benchmarks", "docs", "tests")
+LINES, ENTRIES = 400, 12  # of a Python file; of a folder
+WRITTEN = ("apps/bipvl/bin/", "apps/bipvl/logs/", "apps/bipvl/model/")  # by a running server, and in no checkout
 
 
 def module_of(path: Path) -> str:
@@ -156,3 +160,40 @@ def test_a_server_imports_no_client_of_language_models() -> None:
 def test_main_only_imports() -> None:
     """MONAI Label loads the file; what it does is in `lib.app`."""
     assert len(SOURCES["main"].read_text(encoding="utf-8").splitlines()) <= 15
+
+
+def too_big(files: dict[str, int]) -> list[str]:
+    """Python files that are too long and folders that hold too much, among files given with their numbers of lines."""
+    found = [f"{file}: {lines} lines" for file, lines in files.items() if file.endswith(".py") and lines > LINES]
+    entries: defaultdict[str, set[str]] = defaultdict(set)
+    for path in map(PurePosixPath, files):
+        if path.name != "__init__.py":  # it only says what its folder is
+            for entry in (path, *path.parents):
+                entries[str(entry.parent)].add(entry.name)
+    return found + [f"{folder}: {len(names)} entries" for folder, names in entries.items() if len(names) > ENTRIES]
+
+
+def test_files_and_folders_stay_small() -> None:
+    files = {}
+    for path in (path for room in ROOMS for path in sorted((ROOT / room).rglob("*")) if path.is_file()):
+        name = path.relative_to(ROOT).as_posix()
+        hidden = any(part.startswith((".", "__pycache__")) for part in path.relative_to(ROOT).parts)
+        if not hidden and not name.startswith(WRITTEN) and path.suffix != ".lock":
+            files[name] = len(path.read_text(encoding="utf-8").splitlines()) if path.suffix == ".py" else 0
+    assert {"tests/conftest.py", "apps/bipvl/main.py", "docs/README.md", "benchmarks/common.py"} <= files.keys()
+    assert too_big(files) == []
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ({"tests/a.py": 400, "docs/page.md": 1000}, []),
+        ({"tests/a.py": 401}, ["tests/a.py: 401 lines"]),
+        ({f"tests/unit/test_{n}.py": 1 for n in range(12)} | {"tests/unit/__init__.py": 1}, []),
+        ({f"tests/unit/test_{n}.py": 1 for n in range(13)}, ["tests/unit: 13 entries"]),
+        ({f"docs/using/{n}/page.md": 1 for n in range(13)}, ["docs/using: 13 entries"]),  # rooms count as well
+        ({f"benchmarks/one/{n}.py": 1 for n in range(24)} | {"benchmarks/two.py": 1}, ["benchmarks/one: 24 entries"]),
+    ],
+)
+def test_what_is_too_big_is_noticed(files: dict[str, int], found: list[str]) -> None:
+    assert too_big(files) == found
