@@ -74,7 +74,9 @@ def real_cases(source: Path, work: Path) -> list[Case]:
     work.mkdir(parents=True, exist_ok=True)
     cases: list[Case] = []
     for name in REAL:
-        amos, fine = (nib.load(folder / f"{name}_label-{kind}.nii.gz") for kind in ("amos15", "ts117"))
+        amos, fine = (
+            nib.Nifti1Image.from_filename(folder / f"{name}_label-{kind}.nii.gz") for kind in ("amos15", "ts117")
+        )
         given = np.asarray(amos.dataobj)
         label = np.zeros(given.shape, np.uint8)
         for organ, value in AMOS.items():

@@ -108,7 +108,7 @@ def execute(
     task = spec.task_of()
     split = split_cases(find_cases(data), spec.train_patients, spec.fold)
     held_out = {"test": split.test, "validation": split.validation}[on]
-    training = Preprocessed(task, split.training, work / "volumes", spec.field)
+    training: Sequence[dict[str, Any]] = Preprocessed(task, split.training, work / "volumes", spec.field)
     steps = spec.iterations or SMALL_ITERATIONS
     if spec.size == "paper":
         steps = spec.iterations or task.training.epochs * -(-len(training) // task.training.batch_size)

@@ -92,7 +92,7 @@ def split_cases(cases: Sequence[dict[str, str]], train_patients: int | None = No
     return Split(*([case for p in part for case in cases if case["patient"] == p] for part in parts))
 
 
-class Preprocessed(Dataset):
+class Preprocessed(Dataset, Sequence[dict[str, MetaTensor]]):
     """Cases on the network's grid, kept on disk for every later run with the same preprocessing.
 
     An item is `image` (channels, h, w, d), with the metadata that `lib.volumes.transforms.restore` needs, and `label`.
@@ -120,7 +120,7 @@ class Preprocessed(Dataset):
     def __len__(self) -> int:
         return len(self.cases)
 
-    def __getitem__(self, i: int) -> dict[str, MetaTensor]:
+    def __getitem__(self, i: int) -> dict[str, MetaTensor]:  # type: ignore[override]  # takes no slice
         if i >= len(self):
             raise IndexError(i)
         path = self.folder / f"{self.cases[i]['id']}.pt"
@@ -132,7 +132,8 @@ class Preprocessed(Dataset):
             write_atomic(path, lambda file: torch.save(kept, file))
         kept = torch.load(path, weights_only=True)
         meta = {k: kept[k] for k in (*self.META, "affine")}
-        return self.crop({k: MetaTensor(kept[k], meta=dict(meta)) for k in ("image", "label")})
+        cropped: dict[Any, Any] = self.crop({k: MetaTensor(kept[k], meta=dict(meta)) for k in ("image", "label")})
+        return cropped
 
 
 class Patches(Dataset):

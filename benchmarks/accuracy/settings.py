@@ -143,7 +143,9 @@ def matrix(task: str, size: str, seeds: int = 3, paper_protocol: bool = False) -
         seeds: of the main comparison.
         paper_protocol: three folds of every model instead, without learning curve.
     """
-    plain, fixed, text = ({"model": "swin_unetr"}, {"model": "bipvl"}, {"model": "bipvl", "head": "text"})
+    plain: dict[str, Any] = {"model": "swin_unetr"}
+    fixed: dict[str, Any] = {"model": "bipvl"}
+    text = {**fixed, "head": "text"}
     others = [m for m in VISION_ONLY if m != "swin_unetr"]
     if paper_protocol:
         models = [plain, fixed, text, *({"model": m} for m in others)]

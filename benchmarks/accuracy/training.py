@@ -73,9 +73,9 @@ class VisionOnly(nn.Module):
             backbone = build_vision(name, channels, task.patch, spec.feature_size, spec.checkpointing, **own)
             self.net = nn.Sequential(backbone, FixedHead(backbone.feature_width, task.out_channels))
             if supervised:
-                widths = backbone.decoder_widths[:LEVELS]
+                levels = backbone.decoder_widths[:LEVELS]
                 self.maps = nn.ModuleList(
-                    nn.Sequential(ChannelNorm(width), nn.Conv3d(width, task.out_channels, 1)) for width in widths
+                    nn.Sequential(ChannelNorm(width), nn.Conv3d(width, task.out_channels, 1)) for width in levels
                 )
 
     def forward(self, image: Tensor, sentences: Sentences | None = None) -> Output:
@@ -83,7 +83,8 @@ class VisionOnly(nn.Module):
         if self.maps is None or not self.training:
             logits = self.net(image)
         else:
-            backbone, head = self.net
+            backbone: Any
+            backbone, head = self.net.children()
             *coarse, features = backbone.decoded(image)
             logits = head(features)
             maps = [m(x) for m, x in zip(self.maps, coarse, strict=True)]
@@ -126,8 +127,9 @@ def build_network(run: Run, task: Task) -> TrainingNetwork | VisionTraining:
 def optimizer_of(network: TrainingNetwork | VisionTraining, task: Task) -> torch.optim.AdamW:
     """AdamW, with the app's groups if there is text."""
     recipe = task.training
-    reads = isinstance(network, TrainingNetwork)
-    groups = network.parameter_groups() if reads else [{"params": list(network.parameters())}]
+    groups: list[dict[str, Any]] = [{"params": list(network.parameters())}]
+    if isinstance(network, TrainingNetwork):
+        groups = network.parameter_groups()
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
 
 

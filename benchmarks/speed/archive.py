@@ -23,6 +23,7 @@ import typer
 from lib.tasks import load_task
 from support.dicom.archive import Archive
 from support.dicom.stores import store_on
+from support.helpers import read_nifti
 
 
 def main(series: Path, labels: int = 15, repeats: int = 5, task: str = "amos22-ct") -> None:
@@ -37,10 +38,10 @@ def main(series: Path, labels: int = 15, repeats: int = 5, task: str = "amos22-c
         rows: dict[str, list[tuple[float, float, float]]] = {"save": [], "next sample": [], "both": []}
         image = store.get_unlabeled_images()[0]
         for _ in range(repeats):
-            shape = nib.load(store.get_image_uri(image)).shape  # type: ignore[attr-defined]
+            shape = read_nifti(store.get_image_uri(image)).shape
             file = folder / "label.nii.gz"
             mask = drawn(shape, list(chosen.label_values.values())[:labels])
-            nib.save(nib.Nifti1Image(mask, nib.load(store.get_image_uri(image)).affine), file)  # type: ignore[attr-defined]
+            nib.save(nib.Nifti1Image(mask, read_nifti(store.get_image_uri(image)).affine), file)
             start, before, busy = time.perf_counter(), store.archive.seconds, time.process_time()
             store.save_label(image, str(file), "final", {"user": "benchmark"})
             middle, saved, half = time.perf_counter(), store.archive.seconds, time.process_time()

@@ -111,7 +111,8 @@ def _work(vision: str, device: str, threads: int) -> None:
 
 def _infer(network: torch.nn.Module, image: torch.Tensor, setting: dict[str, Any]) -> None:
     if setting["reread"]:
-        network.text._cache.clear()
+        text: Any = network.text
+        text._cache.clear()
     kind = image.device.type
     with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=setting["precision"] == "bfloat16"):
         network(image)

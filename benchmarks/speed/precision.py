@@ -20,7 +20,9 @@ from rich.table import Table
 from benchmarks.common import save, timed
 from lib.model import checkpoints
 from lib.model.allocator import keep_freed_memory
-from lib.model.predict import predict
+from lib.model.nets.bipvl import BiPVLSeg
+from lib.model.predict import Prediction, predict
+from lib.tasks import Task
 from lib.trainers.evaluation import class_dice
 from lib.volumes.phantoms.studies import write_studies
 from lib.volumes.transforms import apply, load
@@ -64,14 +66,18 @@ def main(
     save(f"precision-{task.name}", result)
 
 
-def _compare(model: torch.nn.Module, task, case: dict) -> dict:
+def _compare(model: BiPVLSeg, task: Task, case: dict) -> dict:
     got = apply(load(task, label=True), case)
     truth = got["label"].as_tensor()[0].long()
     row: dict = {"seconds": {}}
     masks = {}
     for half in (False, True):
-        found = []
-        seconds = timed(lambda half=half, found=found: found.append(predict(model, got["image"], task, half=half)))
+        found: list[Prediction] = []
+
+        def once(half: bool = half, found: list[Prediction] = found) -> None:
+            found.append(predict(model, got["image"], task, half=half))
+
+        seconds = timed(once)
         masks[half] = found[0].probabilities.argmax(0)
         row["seconds"][half] = seconds["cpu"]
         row[half] = [

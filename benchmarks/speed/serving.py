@@ -33,6 +33,7 @@ from benchmarks.common import alternate, full_size, save, summary, timed
 from lib.tasks import Task
 from lib.volumes.phantoms.studies import write_studies
 from lib.volumes.transforms import resample_all, restore
+from support.helpers import read_nifti
 from support.server import Server  # noqa: E402  the tests' server process
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -75,7 +76,7 @@ def request(
                 start = time.perf_counter()
                 file, result = server.client.infer("amos22-ct", "ct", {"overlap": overlap})
                 seconds = time.perf_counter() - start
-                assert nib.load(file).shape == shape
+                assert read_nifti(file).shape == shape
                 steps = {k: v for k, v in result["latencies"].items() if isinstance(v, int | float)}
                 steps["http"] = seconds - steps.pop("total")
                 rows.append({"seconds": seconds, **steps, "windows": result["windows"] - result["windows_skipped"]})
@@ -153,7 +154,8 @@ def restored_case(
         logits[0] = 4
         for c in range(1, task.out_channels):
             corner = [int(n * 0.9 * float(torch.rand((), generator=rng))) for n in size]
-            logits[(c, *(slice(a, a + max(2, n // 10)) for a, n in zip(corner, size, strict=True)))] = 8
+            block = [slice(a, a + max(2, n // 10)) for a, n in zip(corner, size, strict=True)]
+            logits[c][tuple(block)] = 8
     network = torch.diag(torch.tensor([*task.spacing, 1.0], dtype=torch.float64))
     network[:2, 3] = -torch.tensor([(n - 1) * mm for n, mm in zip(size, task.spacing, strict=True)][:2])
     original = torch.diag(torch.tensor([-spacing[0], -spacing[1], spacing[2], 1.0], dtype=torch.float64))

@@ -74,7 +74,10 @@ def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         return low + (high - low) * float(torch.rand((), generator=generator))
 
     def ellipsoid(centre: tuple[float, float, float], radii: tuple[float, float, float]) -> Tensor:
-        return sum(((g - c) / r) ** 2 for g, c, r in zip(grid, centre, radii, strict=True)) < 1
+        distance = torch.zeros(SIZE)
+        for g, c, r in zip(grid, centre, radii, strict=True):
+            distance += ((g - c) / r) ** 2
+        return distance < 1
 
     for picture, drawn in zip(image[:, 0], label[:, 0], strict=True):
         picture[ellipsoid((24 + around(-1, 1), 16, 16), (22, 14, 15))] = 0.4

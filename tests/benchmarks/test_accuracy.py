@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -229,10 +230,16 @@ def test_a_run_is_claimed_once_and_freed_by_the_death_of_its_process(tmp_path: P
     assert claim(tmp_path / "run")
 
 
-def _result(model: str, seed: int, dice: float, **more: object) -> dict:
-    run = Run("acdc-mr", *(model.split("-") if model.startswith("bipvl") else (model,)), seed=seed, **more)
+def _result(model: str, seed: int, dice: float, **more: Any) -> dict:
+    name, _, head = model.partition("-") if model.startswith("bipvl") else (model, "", "")
+    run = Run("acdc-mr", name, head or "fixed", seed=seed, **more)
     means = {"dice": dice, "hd95": 10.0, "nsd": 0.5, "n": 2}
-    result = {"run": run.to_dict(), "name": run.name, "on": "test", "patients": {"training": ["a"] * 40}}
+    result: dict[str, Any] = {
+        "run": run.to_dict(),
+        "name": run.name,
+        "on": "test",
+        "patients": {"training": ["a"] * 40},
+    }
     result["scores"] = {"left ventricle": means, "mean": means}
     other = {"left ventricle": {"dice": dice / 2}, "mean": {"dice": dice / 2}}
     result["text"] = [

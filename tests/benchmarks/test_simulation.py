@@ -32,8 +32,8 @@ def hearts(folder: Path, patients: int) -> Path:
             label = np.zeros((30, 28, 20), np.uint8)
             label[4:12, 4:12, 4:16], label[14:22, 6:20, 4:16], label[22:28, 8:20, 6:14] = 1, 2, 3
             stem = folder / f"patient{patient:03}_frame{frame:02}"
-            write_nifti(f"{stem}.nii.gz", (generator.normal(0, 20, label.shape) + 100 * label).astype(np.float32))
-            write_nifti(f"{stem}_gt.nii.gz", label)
+            write_nifti(Path(f"{stem}.nii.gz"), (generator.normal(0, 20, label.shape) + 100 * label).astype(np.float32))
+            write_nifti(Path(f"{stem}_gt.nii.gz"), label)
     return folder
 
 

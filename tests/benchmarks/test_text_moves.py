@@ -1,6 +1,7 @@
 """What the text moves, after a real training: masks follow their sentences with the text head, and only with it."""
 
 import doctest
+from typing import Any
 
 import pytest
 import torch
@@ -67,7 +68,7 @@ def test_mirrored_steps_mirror_patient_and_words(monkeypatch):
     task = laterality.task("text", mirror=1.0, drop_classes=0.0)
     network = TrainingNetwork(build_model(task), task).train()
     image, label = laterality.draw(1, torch.Generator().manual_seed(0))
-    seen = {}
+    seen: dict[str, Any] = {}
 
     def forward(self, image, sentences=None):
         seen.update(image=image, ids=sentences.ids)

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -219,7 +220,7 @@ def test_masks_of_any_axis_order_are_shown_where_they_belong(panel: sync_api.Pag
 @needs_browser
 @pytest.mark.parametrize("change", ["spacing", "position", "size", "direction"])
 def test_a_mask_on_another_grid_is_not_shown(panel: sync_api.Page, change: str) -> None:
-    grid = {"dimensions": [4, 5, 6], "affine": [[1, 0, 0, 10], [0, 1, 0, 20], [0, 0, 3, 30]]}
+    grid: dict[str, Any] = {"dimensions": [4, 5, 6], "affine": [[1, 0, 0, 10], [0, 1, 0, 20], [0, 0, 3, 30]]}
     mask = {**grid, "affine": [list(row) for row in grid["affine"]]}
     if change == "spacing":
         mask["affine"][2][2] = 3.1

@@ -25,6 +25,7 @@ from lib.model.versions import Versions
 from lib.stores.local import LocalStore
 from support import FAULTS
 from support.clients.load import digest
+from support.helpers import read_nifti
 from support.rounds import Rounds
 from support.server import Server
 from support.training import SMALL
@@ -89,7 +90,7 @@ def whole(models: Path) -> int:
 
 def drawing(studies: Path, case: str, folder: Path, seed: int) -> Path:
     """A new mask for a case."""
-    source = nib.load(studies / f"{case}.nii.gz")
+    source = read_nifti(studies / f"{case}.nii.gz")
     mask = np.random.default_rng(seed).integers(0, 3, source.shape, dtype=np.uint8)
     path = folder / f"{case}-{seed}.nii.gz"
     nib.save(nib.Nifti1Image(mask, source.affine), path)
@@ -162,6 +163,12 @@ def test_full_disk_while_training(rounds, studies, tmp_path, mount, table, momen
 # A server -----------------------------------------------------------------------------------------------------------
 
 
+class Shared(Server):
+    """A server that tests share."""
+
+    folder: Path  # of its studies and models
+
+
 @pytest.fixture(scope="module")
 def running(tmp_path_factory, rounds, phantoms):
     """A server with one published version, shared by the tests that leave it whole."""
@@ -169,8 +176,9 @@ def running(tmp_path_factory, rounds, phantoms):
     phantoms(folder / "studies", cases=3, labelled=2)
     rounds.start(folder / "studies", folder / "models", **ROUND)
     assert rounds.wait() == 0, rounds.log.read_text()
-    with Server(folder / "studies", folder / "models", CONF) as server:
-        server.folder = folder
+    server = Shared(folder / "studies", folder / "models", CONF)
+    server.folder = folder
+    with server:
         yield server
 
 
@@ -250,11 +258,11 @@ def test_removed_model_folder(running, table):
     """Runs late in this module: it takes the shared server's models away and brings them back."""
     models = running.folder / "models"
     mask, result = running.client.infer("quickstart", "phantom_002", {})
-    expected = np.asarray(nib.load(mask).dataobj)
+    expected = np.asarray(read_nifti(mask).dataobj)
     models.rename(models.with_name("gone"))
     try:
         mask, result = running.client.infer("quickstart", "phantom_002", {})
-        assert np.array_equal(np.asarray(nib.load(mask).dataobj), expected), "the model in memory goes on"
+        assert np.array_equal(np.asarray(read_nifti(mask).dataobj), expected), "the model in memory goes on"
         assert result["model_version"] == 1
         assert result["warnings"] != []
         warning = result["warnings"][0]
@@ -300,7 +308,7 @@ def test_kill_of_the_server_while_labels_are_saved(tmp_path, studies, table):
         kept = labels(studies)
         assert acknowledged <= set(kept.values())
         current = studies / "labels" / "final" / "phantom_002.nii.gz"
-        assert np.asarray(nib.load(current).dataobj).shape == nib.load(studies / "phantom_002.nii.gz").shape
+        assert np.asarray(read_nifti(current).dataobj).shape == read_nifti(studies / "phantom_002.nii.gz").shape
         store = LocalStore(str(studies))
         assert store.status()["completed"] == 3
     table.append(

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def studies(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tls_port():
     """Where a server with TLS listens: it hangs up on whoever speaks plain HTTP. Yields the port and the callers."""
-    callers = []
+    callers: list[Any] = []
 
     def hang_up() -> None:
         while True:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import psutil
 import pytest
@@ -19,6 +18,7 @@ from lib.stores.dicom.listing import FRESH_SECONDS
 from lib.stores.local import LocalStore
 from support.dicom.archive import Archive, needs_orthanc
 from support.dicom.series import ACCOUNT, SHAPE, stored
+from support.helpers import read_nifti
 from support.server import Server
 
 RANKED = ("uncertainty", "alignment", "diverse", "combined")
@@ -96,7 +96,7 @@ def test_scores_fill_themselves_and_decide(tmp_path: Path, phantoms: Callable[..
         _, result = client.infer("quickstart", by_entropy, {"uncertainty_map": True})
         assert result["uncertainty_map"]["tag"] == "uncertainty"
         file = client.download_label(by_entropy, "uncertainty")
-        image, heat = nib.load(studies / f"{by_entropy}.nii.gz"), nib.load(file)
+        image, heat = read_nifti(studies / f"{by_entropy}.nii.gz"), read_nifti(file)
         assert heat.shape == image.shape and np.array_equal(heat.affine, image.affine)
         values = np.asarray(heat.dataobj)
         assert values.dtype == np.uint8 and 0 < values.max() <= 100
@@ -160,7 +160,7 @@ def test_an_archive_is_scored_too(tmp_path: Path) -> None:
             # The map of a series: beside it on the server, and no label of the archive.
             instances = archive.instances()
             _, result = server.client.infer("quickstart", by_entropy, {"uncertainty_map": True})
-            heat = nib.load(server.client.download_label(by_entropy, result["uncertainty_map"]["tag"]))
+            heat = read_nifti(server.client.download_label(by_entropy, result["uncertainty_map"]["tag"]))
             assert heat.shape == SHAPE and 0 < np.asarray(heat.dataobj).max() <= 100
             assert archive.instances() == instances and server.client.info()["datastore"]["completed"] == 0
 

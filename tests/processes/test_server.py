@@ -4,15 +4,14 @@ import json
 import shutil
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pytest
 from monailabel.client.client import MONAILabelClientException
 
 from lib.tasks import load_task
 from lib.volumes.reading import read_volume
-from support.helpers import write_nifti
-from support.server import Server, add_case
+from support.helpers import read_nifti, write_nifti
+from support.server import PlainServer, Server, add_case
 
 SMALL = {
     "model.text": "scratch",
@@ -25,13 +24,13 @@ SMALL = {
 
 
 def same_grid(mask: Path | str, image: Path) -> bool:
-    ours, theirs = nib.load(mask), nib.load(image)
+    ours, theirs = read_nifti(mask), read_nifti(image)
     return ours.shape == theirs.shape[:3] and np.array_equal(ours.affine, theirs.affine)
 
 
 def pooled_dice(mask: Path | str, reference: Path | str) -> float:
     """Multi-class Dice over all organ voxels of a case: 2 |voxels of the right organ| / (|predicted| + |reference|)."""
-    ours, theirs = (np.asarray(nib.load(p).dataobj) for p in (mask, reference))
+    ours, theirs = (np.asarray(read_nifti(p).dataobj) for p in (mask, reference))
     return 2 * float(((ours == theirs) & (theirs > 0)).sum()) / float((ours > 0).sum() + (theirs > 0).sum())
 
 
@@ -46,7 +45,7 @@ def test_whole_loop_on_real_ct(real_data, tmp_path):
     add_case(studies, folder / "ts-s0009_ct.nii.gz", "second")
     truth = folder / "ts-example_label-amos15.nii.gz"
 
-    with Server(studies, models, conf, plain=True) as server:  # as users start it, and so are its rounds
+    with PlainServer(studies, models, conf) as server:  # as users start it, and so are its rounds
         info = server.client.info()
         assert list(info["models"]) == list(info["trainers"]) == ["amos22-ct"]
         assert info["models"]["amos22-ct"]["labels"] == task.label_values
@@ -56,7 +55,7 @@ def test_whole_loop_on_real_ct(real_data, tmp_path):
         assert result["model_version"] == 0
         assert "untrained" in result["warnings"][0]
         assert same_grid(before, studies / "first.nii.gz")
-        assert nib.load(before).get_data_dtype() == np.uint8
+        assert read_nifti(before).get_data_dtype() == np.uint8
         dice_before = pooled_dice(before, truth)
 
         server.client.save_label("first", str(truth), "final", {})
@@ -73,7 +72,7 @@ def test_whole_loop_on_real_ct(real_data, tmp_path):
         print(f"Dice of the trained case: {dice_before:.3f} -> {dice_after:.3f}")
         assert dice_after - dice_before >= 0.3
 
-        mask = np.asarray(nib.load(after).dataobj)
+        mask = np.asarray(read_nifti(after).dataobj)
         assert result["voxels"] == {n: int((mask == v).sum()) for n, v in task.label_values.items()}
         for weights in result["concept_weights"].values():
             assert sum(weights.values()) == pytest.approx(1, abs=1e-4)
@@ -112,7 +111,7 @@ def test_whole_loop_on_real_ct(real_data, tmp_path):
     with Server(studies, models, conf, HF_HUB_OFFLINE="1") as server:
         again, result = server.client.infer("amos22-ct", "first", {"overlap": 0.25})
         assert result["model_version"] == 1
-        assert np.array_equal(np.asarray(nib.load(again).dataobj), mask)
+        assert np.array_equal(np.asarray(read_nifti(again).dataobj), mask)
         assert server.client.info()["datastore"]["completed"] == 1, "the label is still there"
 
 
@@ -136,7 +135,7 @@ def test_loop_with_overlapping_regions_on_four_channel_mr(real_data, tmp_path):
         mask, result = server.client.infer("msd-brain", "glioma", {"overlap": 0.0})
         assert result["model_version"] == 1
         assert same_grid(mask, studies / "glioma.nii.gz")
-        assert set(np.unique(nib.load(mask).dataobj)) <= {0, 1, 2, 3}, "raw labels, as annotators edit them"
+        assert set(np.unique(read_nifti(mask).dataobj)) <= {0, 1, 2, 3}, "raw labels, as annotators edit them"
 
 
 @pytest.mark.slow

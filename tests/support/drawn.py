@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import itk
-import nibabel as nib
 import numpy as np
 
-from support.helpers import write_nifti
+from support.helpers import read_nifti, write_nifti
 
 SHAPE = (6, 7, 8)
 
@@ -30,7 +29,7 @@ def drawing(path: Path, value: int, shape: tuple[int, ...] = SHAPE) -> Path:
 
 def value_of(path: Path | str) -> int:
     """Whose label it is, after reading all of it."""
-    voxels = np.unique(np.asarray(nib.load(path).dataobj))
+    voxels = np.unique(np.asarray(read_nifti(path).dataobj))
     assert len(voxels) == 1
     return int(voxels[0])
 

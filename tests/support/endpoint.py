@@ -6,7 +6,9 @@ import json
 import re
 import threading
 import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -44,8 +46,10 @@ class Endpoint:
     asked for to (status, body[, headers]); when it is empty, good answers follow. `requests` is what was received."""
 
     def __init__(self):
-        self.script, self.requests, self.times = [], [], []
-        self.always = {}  # class to its answer, whatever the script says
+        self.script: list[Callable[[str], Any]] = []
+        self.requests: list[dict[str, Any]] = []
+        self.times: list[float] = []
+        self.always: dict[str, Callable[[str], Any]] = {}  # class to its answer, whatever the script says
         endpoint = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -90,7 +94,8 @@ class Endpoint:
 
 
 def asked(body):
-    return re.search(r"Describe the class '(.+?)'", body["messages"][1]["content"])[1]
+    (name,) = re.findall(r"Describe the class '(.+?)'", body["messages"][1]["content"])
+    return name
 
 
 def error(message, code):

@@ -81,8 +81,9 @@ class Forked:
         numbers = [file if isinstance(file, int) else file.fileno() for file in files]
         socket.send_fds(self._socket, [struct.pack("!I", len(body))], numbers)
         self._socket.sendall(body)
-        self.pid = self._answer(START_SECONDS)
-        assert self.pid, "nothing was forked"
+        pid = self._answer(START_SECONDS)
+        assert pid, "nothing was forked"
+        self.pid = pid
 
     def poll(self) -> int | None:
         """How it ended, as Popen says it; None while it runs."""

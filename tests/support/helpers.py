@@ -104,6 +104,13 @@ def write_nifti(path: Path, data: np.ndarray, affine: np.ndarray | None = None) 
     return path
 
 
+def read_nifti(path: Path | str) -> nib.Nifti1Image:
+    """A volume as it is stored."""
+    image = nib.load(path)
+    assert isinstance(image, nib.Nifti1Image)
+    return image
+
+
 def one_hot(encoded: torch.Tensor, channels: int) -> torch.Tensor:
     """Class indices (1, ...) as probabilities (channels, ...)."""
     return torch.nn.functional.one_hot(encoded[0].long(), channels).movedim(-1, 0).float()

@@ -103,6 +103,7 @@ def main() -> None:
         print(pid, flush=True)
         # Looked at, not reaped until the next job: no other process gets this id before a kill arrives.
         end = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        assert end
         print(end.si_status if end.si_code == os.CLD_EXITED else -end.si_status, flush=True)
 
 

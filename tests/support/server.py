@@ -24,23 +24,22 @@ class Server:
     """Use as a context manager; `client` is MONAI Label's own.
 
     Args:
-        studies: folder of images.
+        studies: folder of images, or address of a DICOMweb archive.
         models: folder for the app's models, so that tests never touch those in the app.
         conf: what `--conf` passes on.
         faketime: run with the clock moved by this much, e.g. "+1y" (needs libfaketime).
-        plain: run the very command, which imports everything itself; else the process is forked from one that has
-            imported the packages (support/forks.py), and so are its rounds.
         environment: variables to set or, with None, to remove.
     """
 
+    plain = not forks.AVAILABLE
+
     def __init__(
         self,
-        studies: Path,
+        studies: Path | str,
         models: Path,
         conf: dict[str, str],
         *,
         faketime: str | None = None,
-        plain: bool = False,
         **environment: str | None,
     ) -> None:
         self.log = models.parent / f"server-{models.name}-{time.monotonic_ns()}.log"
@@ -61,7 +60,7 @@ class Server:
         env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
         env |= {k: v for k, v in environment.items() if v is not None}
         self.command, self.env = command, {k: v for k, v in env.items() if environment.get(k, "") is not None}
-        self.plain = plain or faketime is not None or not forks.AVAILABLE
+        self.plain = self.plain or faketime is not None
         self.process: subprocess.Popen[bytes] | forks.Forked
         # A folder of its own: results keep the name of the server's temporary file, which the server then deletes.
         self.client = MONAILabelClient(f"http://127.0.0.1:{self.port}", tmpdir=str(models.parent / "received"))
@@ -118,6 +117,13 @@ class Server:
                 return status
             time.sleep(0.2)
         raise AssertionError(f"training took over {seconds} s:\n{self.tail()}")
+
+
+class PlainServer(Server):
+    """The very command, which imports everything itself. Another server is forked from a process that has imported the
+    packages (support/forks.py), and so are its rounds."""
+
+    plain = True
 
 
 def add_case(studies: Path, image: Path, case: str) -> None:

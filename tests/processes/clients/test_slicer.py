@@ -6,9 +6,9 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import itk
-import nibabel as nib
 import nrrd
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ from lib.tasks import list_tasks, load_task
 from lib.trainers import BiPVLTrain
 from lib.volumes.masks import write_mask
 from support.clients.slicer import Slicer, loop, shown, widget_of
-from support.helpers import label, tiny_task, write_nifti
+from support.helpers import label, read_nifti, tiny_task, write_nifti
 from support.server import ELSEWHERE, Server, add_case
 from support.training import SMALL
 
@@ -121,9 +121,9 @@ def test_names_decide_not_positions(tmp_path):
     """Liver deleted in the Segment Editor, aorta moved to the front: values 1 and 2 are aorta and spleen."""
     drawn = np.random.default_rng(0).integers(0, 3, (5, 6, 7))
     store, file = saved(tmp_path / "studies", drawn, [AORTA, SPLEEN])
-    kept = nib.load(file)
+    kept = read_nifti(file)
     assert np.array_equal(np.asarray(kept.dataobj), np.array([0, 3, 2])[drawn])
-    assert np.array_equal(kept.affine, nib.load(tmp_path / "studies" / "a.nii.gz").affine)
+    assert np.array_equal(kept.affine, read_nifti(tmp_path / "studies" / "a.nii.gz").affine)
     found = audit(tiny_task(), store.datalist()).cases[0]
     assert found.problem is None
     assert found.counts == {LIVER: 0, SPLEEN: int((drawn == 2).sum()), AORTA: int((drawn == 1).sum())}
@@ -149,7 +149,7 @@ def test_two_tasks_on_one_folder(tmp_path):
     scene = [LIVER, SPLEEN, AORTA, "left ventricle", "myocardium"]
     drawn = np.random.default_rng(0).choice([0, 4, 5], (5, 6, 7))
     store, file = saved(tmp_path / "studies", drawn, scene, [tiny_task(), heart])
-    assert np.array_equal(np.asarray(nib.load(file).dataobj), np.where(drawn, drawn - 3, 0))
+    assert np.array_equal(np.asarray(read_nifti(file).dataobj), np.where(drawn, drawn - 3, 0))
     (case,) = store.datalist()
     assert audit(heart, [case]).cases[0].problem is None
     assert "value 1 is 'left ventricle' there, 'liver' here" in str(audit(tiny_task(), [case]).cases[0].problem)
@@ -171,7 +171,7 @@ def test_a_segmentation_file_names_its_own_segments(tmp_path):
     store = LocalStore(studies, tasks=[tiny_task()])
     positions = [{"name": SPLEEN, "idx": 1}, {"name": LIVER, "idx": 2}]
     store.save_label("a", str(tmp_path / "sent.seg.nrrd"), "final", {"label_info": positions})
-    kept = np.asarray(nib.load(store.get_label_uri("a", "final")).dataobj)
+    kept = np.asarray(read_nifti(store.get_label_uri("a", "final")).dataobj)
     assert np.array_equal(kept, np.select([values == 5, values == 9], [1, 2]))
 
     layers = np.stack([values == 5, values >= 5]).astype(np.uint8)
@@ -187,7 +187,7 @@ def test_a_segmentation_file_names_its_own_segments(tmp_path):
 
 def test_next_sample_downloads_once_without_the_login(server, studies, slicer):
     case = slicer.next_sample()
-    image = nib.load(studies / f"{case}.nii.gz")
+    image = read_nifti(studies / f"{case}.nii.gz")
     assert np.array_equal(slicer.volume, np.asarray(image.dataobj)) and np.allclose(slicer.affine, image.affine)
     asked = f"/datastore/image?image={case}"
     assert server.call("GET", asked, elsewhere=True).status_code == 401, "once"
@@ -265,16 +265,16 @@ def test_labels_keep_who_drew_them(server, studies, slicer):
     slicer.submit()
     info = server.call("GET", f"/datastore/label/info?label={case}&tag=final").json()
     assert (info["user"], info["client_id"], info["label_names"]) == ("ada", "user-xyz", {"spleen": 2})
-    current = np.asarray(nib.load(studies / "labels" / "final" / f"{case}.nii.gz").dataobj)
+    current = np.asarray(read_nifti(studies / "labels" / "final" / f"{case}.nii.gz").dataobj)
     assert np.array_equal(current, np.where(slicer.segments["spleen"], 2, 0))
     (before,) = (studies / "labels" / "history" / "final" / case).glob("*-ada.nii.gz")
-    assert np.asarray(nib.load(before).dataobj).sum() == 2 * 27
+    assert np.asarray(read_nifti(before).dataobj).sum() == 2 * 27
     assert slicer.next_sample() != case
     server.call("DELETE", f"/datastore/label?id={case}&tag=final").raise_for_status()
     assert len(list((studies / "labels" / "history" / "final" / case).glob("*.nii.gz"))) == 2
 
 
-INFER_ERRORS = (
+INFER_ERRORS: tuple[tuple[str | None, str | None, dict[str, Any], str], ...] = (
     ("nothing", None, {}, "unknown model 'nothing'; valid are quickstart"),
     (None, "nobody", {}, "unknown image 'nobody'; the datastore has "),
     (None, None, {"overlap": "half"}, "overlap: expected a number from 0 to below 1, got 'half'"),
@@ -289,7 +289,7 @@ INFER_ERRORS = (
     (None, None, {"result_compress": "x"}, "result_compress: expected true or false, got 'x'"),
     (None, None, {"save_label": "x"}, "save_label: expected true or false, got 'x'"),
 )
-TRAIN_ERRORS = (
+TRAIN_ERRORS: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("nothing", {}, "unknown model 'nothing'; valid are quickstart"),
     ("quickstart", {"max_epochs": "many"}, "max_epochs: expected a whole number, got 'many'"),
     ("quickstart", {"max_epochs": 0}, "max_epochs: 0 is too small; the least is 1"),
@@ -359,7 +359,7 @@ def test_a_second_training_and_stop(slicer):
 
 
 def _volume(path: Path, added: int) -> tuple[np.ndarray, np.ndarray]:
-    image = nib.load(path)
+    image = read_nifti(path)
     return np.asarray(image.dataobj) + np.int16(added), image.affine
 
 
@@ -372,9 +372,9 @@ def test_loop_on_a_folder(real_data, tmp_path):
     folder, studies = real_data / "abdomen_ct", tmp_path / "studies"
     add_case(studies, folder / "ts-example_ct.nii.gz", "first")
     add_case(studies, folder / "ts-s0009_ct.nii.gz", "second")
-    truth = np.asarray(nib.load(folder / "ts-example_label-amos15.nii.gz").dataobj)
+    truth = np.asarray(read_nifti(folder / "ts-example_label-amos15.nii.gz").dataobj)
     conf = {"models": "amos22-ct", "model.text": "scratch", **SMALL}
     with Server(studies, tmp_path / "models", conf) as server:
         slicer = Slicer(server.url, tmp_path / "slicer", shared=True)
         loop(slicer, "amos22-ct", lambda _: truth, max_epochs="3", val_split="0")
-    assert np.array_equal(np.asarray(nib.load(studies / "labels" / "final" / "first.nii.gz").dataobj), truth)
+    assert np.array_equal(np.asarray(read_nifti(studies / "labels" / "final" / "first.nii.gz").dataobj), truth)

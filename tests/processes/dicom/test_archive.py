@@ -16,6 +16,7 @@ from support.dicom.archive import Archive, needs_orthanc
 from support.dicom.dicoms import make_series
 from support.dicom.stores import SHAPE, TASK, counted, label_file, label_of, seg_of, store_on
 from support.drawn import history, rejected
+from support.helpers import read_nifti
 
 pytest_plugins = ("support.dicom.fixtures",)
 pytestmark = [needs_orthanc, pytest.mark.usefixtures("always_asked")]
@@ -48,7 +49,7 @@ def test_newest_label_counts_and_the_older_ones_stay(
         store.save_label(series, str(label_file(store, series, changed, tmp_path / "l.nii.gz")), "final", {})
         np.testing.assert_array_equal(label_of(store, series), changed)
     assert [s.SegmentSequence[0].SegmentLabel for s in archive.segs()] == ["liver", "spleen", "aorta"]
-    assert [int(np.asarray(nib.load(f).dataobj).max()) for f in history(store.folder, series)] == [1, 2]
+    assert [int(np.asarray(read_nifti(f).dataobj).max()) for f in history(store.folder, series)] == [1, 2]
     assert label_of(store_on(archive, tmp_path / "other", TASK), series).max() == 3
 
 

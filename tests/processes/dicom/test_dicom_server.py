@@ -26,6 +26,7 @@ from support.dicom.dicoms import iod_errors, needs_dciodvfy
 from support.dicom.series import ACCOUNT, SHAPE, TASK, stored
 from support.dicom.stores import label_file, label_of, store_on
 from support.drawn import history, rejected
+from support.helpers import read_nifti
 from support.server import Server
 from support.training import SMALL
 
@@ -86,7 +87,7 @@ def test_the_loop_on_an_archive_with_a_password(running: Running, tmp_path: Path
     cases = {case["id"]: case for case in server.call("GET", "/datastore/?output=train").json()}
     assert set(cases) == {uid for uid, _ in running.labelled}
     for uid, values in running.labelled:
-        np.testing.assert_array_equal(np.asarray(nib.load(cases[uid]["label"]).dataobj), values)  # type: ignore[attr-defined]
+        np.testing.assert_array_equal(np.asarray(read_nifti(cases[uid]["label"]).dataobj), values)
 
     # The model's mask as a SEG, without further parameters: a draft that says so and is not in the archive.
     before = running.archive.instances()
@@ -113,10 +114,10 @@ def test_the_loop_on_an_archive_with_a_password(running: Running, tmp_path: Path
 
     # A correction in a NIfTI of other numbers, as 3D Slicer sends it.
     mask, _ = client.infer("quickstart", other, {"device": "cpu"})
-    image = nib.load(mask)
-    corrected = np.zeros(image.shape, np.uint8)  # type: ignore[attr-defined]
+    image = read_nifti(mask)
+    corrected = np.zeros(image.shape, np.uint8)
     corrected[3:9, 4:7, 2:5], corrected[20:22, 4:7, 2] = 1, 2
-    nib.save(nib.Nifti1Image(corrected, image.affine), tmp_path / "l.nii.gz")  # type: ignore[attr-defined]
+    nib.save(nib.Nifti1Image(corrected, image.affine), tmp_path / "l.nii.gz")
     names = {"label_info": [{"name": "aorta", "idx": 1}, {"name": "spleen", "idx": 2}]}
     client.save_label(other, str(tmp_path / "l.nii.gz"), params=names)
     seg = running.archive.segs()[-1]

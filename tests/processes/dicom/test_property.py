@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import nrrd
@@ -19,13 +20,13 @@ from lib.stores.dicom.store import DicomStore
 from support.dicom.archive import Archive, needs_orthanc
 from support.dicom.dicoms import make_series
 from support.dicom.stores import label_of, store_on
-from support.helpers import concepts, label, tiny_task
+from support.helpers import concepts, label, read_nifti, tiny_task
 
 pytestmark = needs_orthanc
 
 VALUES = {"liver": 1, "spleen": 2, "left kidney": 7, "right kidney": 40, "aorta": 300}  # not contiguous
 TASK = tiny_task(labels={n: label(v) for n, v in VALUES.items()}, concepts=concepts(list(VALUES), "CT"))
-GRIDS = [
+GRIDS: list[dict[str, Any]] = [
     {"shape": (9, 7, 5)},
     {"shape": (8, 8, 2), "descending": True},
     {"shape": (5, 11, 4), "orientation": (-1, 0, 0, 0, -1, 0)},
@@ -53,10 +54,10 @@ class Place:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     folder = tmp_path_factory.mktemp("property")
     with Archive(folder / "orthanc") as archive:
-        series = [make_series(folder / str(i), seed=i, patient=f"P{i}", **grid) for i, grid in enumerate(GRIDS)]  # type: ignore[arg-type]
+        series = [make_series(folder / str(i), seed=i, patient=f"P{i}", **grid) for i, grid in enumerate(GRIDS)]
         archive.store(*(folder / str(i) for i in range(len(GRIDS))))
-        stores = (store_on(archive, folder / name, TASK) for name in ("saving", "reading"))
-        yield Place(*stores, series, folder)
+        saving, reading = (store_on(archive, folder / name, TASK) for name in ("saving", "reading"))
+        yield Place(saving, reading, series, folder)
 
 
 def mask_of(shape: tuple[int, ...], shown: list[int], seed: int, slices: str) -> np.ndarray:
@@ -94,11 +95,11 @@ def check(place: Place, data: st.DataObject) -> None:
     series = place.series[number]
     shown = draw(st.lists(st.sampled_from(list(VALUES.values())), min_size=1, unique=True), "values")
     kind = draw(st.sampled_from(["all", "one", "sparse"]), "slices")
-    image = nib.load(place.saving.get_image_uri(series))
-    assert isinstance(image, nib.Nifti1Image)
+    image = read_nifti(place.saving.get_image_uri(series))
     mask = mask_of(image.shape, shown, draw(st.integers(0, 2**32 - 1), "seed"), kind)
 
-    names, info, sent = {v: n for n, v in VALUES.items()}, {}, mask
+    names, sent = {v: n for n, v in VALUES.items()}, mask
+    info: dict[str, Any] = {}
     if draw(st.booleans(), "numbered by the client"):
         numbers = draw(st.permutations(range(1, 6)), "numbers")
         table = np.zeros(301, np.uint16)
@@ -109,7 +110,7 @@ def check(place: Place, data: st.DataObject) -> None:
     target = place.folder / f"{place.count}{suffix}"
     if suffix == ".bin":
         sent = sent if sent.max() < 256 else np.where(sent == 300, 5, sent)
-        values = {**names, 5: names[300]} if not info else {e["idx"]: e["name"] for e in info["label_info"]}  # type: ignore[index]
+        values = {**names, 5: names[300]} if not info else {e["idx"]: e["name"] for e in info["label_info"]}
         info = {"label_info": [{"name": n, "idx": v} for v, n in values.items() if v < 256]}
         target.write_bytes(sent.astype(np.uint8).tobytes(order="F"))
     else:

@@ -6,6 +6,7 @@ import json
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pydicom
 import pytest
@@ -116,7 +117,7 @@ def test_no_way_leads_to_the_archives_own_interface(url: str, orthanc: Archive, 
         ("GET", "system", "text/plain", ""),
     ]
     for method, target, content_type, text in attacks:
-        with socket.create_connection(url.split("/")[2].split(":"), timeout=WAIT) as attacker:
+        with socket.create_connection(("127.0.0.1", urlsplit(url).port), timeout=WAIT) as attacker:
             attacker.sendall(
                 f"{method} /proxy/dicom/{way}{target} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
                 f"Content-Type: {content_type}\r\nContent-Length: {len(text)}\r\n\r\n{text}".encode()

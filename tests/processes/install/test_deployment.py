@@ -15,9 +15,9 @@ import urllib.error
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import bcrypt
-import nibabel as nib
 import numpy as np
 import pytest
 import requests
@@ -27,6 +27,7 @@ from support import ROOT
 from support.clients.slicer import Slicer, loop, read, shown
 from support.dicom.archive import PROGRAM, Archive, free_port, needs_orthanc
 from support.dicom.dicoms import with_uids
+from support.helpers import read_nifti
 from support.server import Server
 from support.training import SMALL
 
@@ -76,9 +77,9 @@ class Deployed(Archive):
 class UnitServer(Server):
     """The server with the options of docs/running/deploy/bipvl-label.service."""
 
-    def __init__(self, home: Path, archive: Deployed, users: Path, plain: bool = False) -> None:
+    def __init__(self, home: Path, archive: Archive, users: Path) -> None:
         folders = {name: str(home / name.split("_")[2].lower()) for name in FOLDERS}
-        super().__init__(home, home / "models", {}, plain=plain, **folders, **archive_env(archive))
+        super().__init__(home, home / "models", {}, **folders, **archive_env(archive))
         places = {
             "/opt/bipvl-label/": f"{ROOT}/",
             "/var/lib/bipvl/": f"{home}/",
@@ -146,7 +147,8 @@ def test_the_whole_loop_as_deployed(real_data, tmp_path, monkeypatch):
     home.mkdir()
     with Deployed(tmp_path / "orthanc", ARCHIVE_USER) as archive:
         archive.store(dicoms / "crlm-ct-1004", tmp_path / "j2k")
-        unit = UnitServer(home, archive, users, plain=True)
+        unit = UnitServer(home, archive, users)
+        unit.plain = True
         with unit as server, nginx(tmp_path / "nginx", server.port) as port:
             url, certificate = f"https://{NAME}:{port}", tmp_path / "nginx" / "tls" / "label.pem"
             _pages(url, port, certificate)
@@ -167,7 +169,7 @@ def test_the_whole_loop_as_deployed(real_data, tmp_path, monkeypatch):
             assert np.bincount(label.ravel())[[1, 6, 8]].tolist() == [6 * 40 * 40, 6 * 60 * 60, 6 * 10 * 10]
             mask, result = slicer.client().infer("amos22-ct", case, {"overlap": 0.0})
             assert result["model_version"] == 1
-            before = np.asarray(nib.load(mask).dataobj)
+            before = np.asarray(read_nifti(mask).dataobj)
             # As the page says: while the server runs, the archive after it was stopped.
             shutil.copytree(home, tmp_path / "backup" / "home")
             archive.stop()
@@ -179,7 +181,7 @@ def test_the_whole_loop_as_deployed(real_data, tmp_path, monkeypatch):
             ) as error:
                 slicer.submit()
             (lost,) = (home / "dicomweb").glob(f"*/{error.value.msg.partition('kept as ')[2].strip(chr(34) + '}')}")
-            assert np.array_equal(np.asarray(nib.load(lost).dataobj), drawn)
+            assert np.array_equal(np.asarray(read_nifti(lost).dataobj), drawn)
             slicer.open_own(slicer.folder / "cache" / f"{case}.nii.gz", "Volume")
             with pytest.raises(MONAILabelClientException) as error:
                 slicer.run("amos22-ct")
@@ -196,7 +198,7 @@ def test_the_whole_loop_as_deployed(real_data, tmp_path, monkeypatch):
             assert np.array_equal(read(client.download_label(case, "final"))[0], label)
             mask, result = client.infer("amos22-ct", case, {"overlap": 0.0})
             assert result["model_version"] == 1
-            assert np.array_equal(np.asarray(nib.load(mask).dataobj), before)
+            assert np.array_equal(np.asarray(read_nifti(mask).dataobj), before)
     finally:
         restored.stop()
 
@@ -231,7 +233,7 @@ def _pages(url: str, port: int, certificate: Path) -> None:
     assert (plain.status_code, plain.headers["Location"]) == (301, f"https://{NAME}/ohif/")
     assert requests.get(f"{url}/auth/", verify=str(certificate), timeout=20).json()["enabled"] is True
     assert requests.get(f"{url}/ohif/", verify=str(certificate), timeout=20).status_code == 401
-    login = {"auth": ("ada", "a long word"), "verify": str(certificate), "timeout": 60}
+    login: dict[str, Any] = {"auth": ("ada", "a long word"), "verify": str(certificate), "timeout": 60}
     page = requests.get(f"{url}/ohif/", **login)
     assert page.status_code == 200 and "OHIF" in page.text
     assert page.headers["Strict-Transport-Security"].startswith("max-age=")

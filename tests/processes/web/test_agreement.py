@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lib.tasks import load_task
+from support.helpers import read_nifti
 from support.server import Server
 
 
@@ -17,7 +18,7 @@ def test_a_server_finds_the_mask_that_was_shifted(tmp_path, phantoms):
     final = studies / "labels" / "final"
     names = sorted(path.name.split(".")[0] for path in final.glob("*.nii.gz"))
     file, task = final / f"{names[1]}.nii.gz", load_task("quickstart")
-    label = nib.load(file)
+    label = read_nifti(file)
     values, liver = np.asarray(label.dataobj).copy(), task.label_values["liver"]
     mask = values == liver
     values[mask] = 0

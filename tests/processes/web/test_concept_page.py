@@ -12,6 +12,7 @@ import pytest
 
 from lib.app.web.access.guard import role_needed
 from lib.tasks import load_task
+from support.helpers import read_nifti
 from support.server import Server
 from support.training import SMALL
 
@@ -204,7 +205,7 @@ def test_a_try_compares_two_masks_and_leaves_the_served_text_alone(server, studi
     assert answer.status_code == 200, answer.text
     found = answer.json()
     before, after = masks(found)
-    assert before.shape == tuple(np.array(nib.as_closest_canonical(nib.load(studies / "phantom_001.nii.gz")).shape))
+    assert before.shape == tuple(np.array(nib.as_closest_canonical(read_nifti(studies / "phantom_001.nii.gz")).shape))
     assert found["changed"] == (before != after).sum() > 0
     for number, label in enumerate(found["labels"], 1):
         a, b = before == number, after == number

@@ -7,6 +7,7 @@ import socket
 import stat
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -225,7 +226,7 @@ def test_accounts_are_asked_for_from_elsewhere(server):
 def test_roles(server, studies):
     """Viewers read and infer, annotators label and train, admins delete and change models."""
     label = {"label": ("x.nii.gz", (studies / "labels" / "final" / "phantom_000.nii.gz").read_bytes())}
-    cases = [
+    cases: list[tuple[str, str, str, dict[str, Any]]] = [
         ("viewer", "GET", "/datastore/?output=all", {}),
         ("viewer", "POST", "/infer/quickstart", {}),
         ("viewer", "GET", "/model/quickstart/versions", {}),

@@ -8,13 +8,13 @@ import threading
 import time
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pytest
 from monailabel.client import MONAILabelClient
 from monailabel.client.client import MONAILabelClientException
 
 from lib.volumes.phantoms.studies import write_studies
+from support.helpers import read_nifti
 from support.server import Server
 from support.training import SMALL
 
@@ -92,8 +92,8 @@ def test_ways_to_infer(server, studies):
     session = server.client.create_session(str(image))["session_id"]
     assert server.client.get_session(session)["name"] == session
     in_session, _ = server.client.infer("quickstart", "", {}, session_id=session)
-    masks = [np.asarray(nib.load(p).dataobj) for p in (by_id, with_file, in_session)]
-    assert masks[0].shape == nib.load(image).shape
+    masks = [np.asarray(read_nifti(p).dataobj) for p in (by_id, with_file, in_session)]
+    assert masks[0].shape == read_nifti(image).shape
     assert all(np.array_equal(m, masks[0]) for m in masks)
     answer = server.call("GET", f"/session/{session}?image=true")
     assert answer.content == image.read_bytes()

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pydicom
@@ -16,7 +17,12 @@ import pytest
 from PIL import Image
 from pydicom.uid import generate_uid
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: ./bipvl test installs it")
+if TYPE_CHECKING:
+    from playwright import sync_api
+else:
+    sync_api = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed: ./bipvl test installs it"
+    )
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(
@@ -95,9 +101,11 @@ class Visit:
         """The middle of the first viewport as the user sees it, red, green and blue from 0 to 255, as floats."""
         box = self.page.locator("canvas.cornerstone-canvas").first.bounding_box()
         assert box
-        clip = {"x": box["x"] + box["width"] / 4, "y": box["y"] + box["height"] / 4}
-        clip |= {"width": box["width"] / 2, "height": box["height"] / 2}
-        return np.asarray(Image.open(io.BytesIO(self.page.screenshot(clip=clip))).convert("RGB"), float)
+        left, top, width, height = box["x"], box["y"], box["width"], box["height"]
+        picture = self.page.screenshot(
+            clip={"x": left + width / 4, "y": top + height / 4, "width": width / 2, "height": height / 2}
+        )
+        return np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"), float)
 
     def stroke(self, name: str, radius: int = 12, below: int = 0, fine: bool = False) -> None:
         """Choose a segment and draw with the brush, or its smallest one, across the first viewport, this far below its
@@ -142,7 +150,9 @@ class Visit:
 def visiting(browser: sync_api.Browser, address: str) -> Iterator[Visit]:
     """A browser on another machine whose user has typed name and password."""
     context = browser.new_context(
-        http_credentials=ACCOUNT, extra_http_headers=ELSEWHERE, viewport={"width": 1280, "height": 800}
+        http_credentials={"username": ACCOUNT["username"], "password": ACCOUNT["password"]},
+        extra_http_headers=ELSEWHERE,
+        viewport={"width": 1280, "height": 800},
     )
     context.set_default_timeout(WAIT)
     yield Visit(context.new_page(), address)

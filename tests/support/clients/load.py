@@ -16,6 +16,8 @@ import nibabel as nib
 import numpy as np
 from monailabel.client import MONAILabelClient
 
+from support.helpers import read_nifti
+
 OPERATIONS = ("info", "next_sample", "save", "infer")
 SHARES = (50, 25, 20, 5)
 
@@ -89,7 +91,7 @@ def digest(path: Path) -> str:
 
 
 def _draw(image: Path, label: Path, seed: int) -> Path:
-    source = nib.load(image)
+    source = read_nifti(image)
     mask = np.random.default_rng(seed).integers(0, 3, source.shape[:3], dtype=np.uint8)
     nib.save(nib.Nifti1Image(mask, source.affine), label)
     return label

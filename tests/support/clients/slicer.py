@@ -21,6 +21,8 @@ import numpy as np
 from monailabel.client import MONAILabelClient
 from monailabel.client.client import MONAILabelClientException
 
+from support.helpers import read_nifti
+
 SECTIONS = {"infer": "models", "train": "trainers", "activelearning": "strategies", "scoring": "scoring"}
 LPS = np.diag([-1, -1, 1, 1])
 
@@ -33,7 +35,7 @@ def read(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         affine[:3, :3], affine[:3, 3] = header["space directions"].T, header["space origin"]
         assert header["space"] == "left-posterior-superior"
         return voxels, LPS @ affine
-    image = nib.load(path)
+    image = read_nifti(path)
     return np.asarray(image.dataobj), image.affine
 
 
@@ -59,7 +61,8 @@ class Slicer:
         shared: bool = False,
     ) -> None:
         self.url, self.folder, self.client_id, self.login, self.shared = url, folder, client_id, login, shared
-        self.headers, self.extension, self.segments = headers or {}, ".nii.gz", {}
+        self.headers, self.extension = headers or {}, ".nii.gz"
+        self.segments: dict[str, np.ndarray] = {}
         self.sample: dict[str, Any] = {}
         self.volume, self.affine = np.empty(0), np.eye(4)
         (folder / "cache").mkdir(parents=True, exist_ok=True)
@@ -84,7 +87,7 @@ class Slicer:
         """What the option table sends, after a user typed or chose something in it."""
         config = self.info[SECTIONS[section]][name].get("config", {})
         assert set(typed) <= set(config), "the table has no such row"
-        sent = {}
+        sent: dict[str, Any] = {}
         for key, value in config.items():
             kind, widget = widget_of(value)
             if key in typed:
@@ -197,7 +200,7 @@ class Slicer:
         """What the timer reads for the progress bars while a round runs."""
         status = self.client().train_status(False)
         if status["status"] == "RUNNING":
-            stats = next(iter(self.client().info()["train_stats"].values()), {})
+            stats: dict[str, Any] = next(iter(self.client().info()["train_stats"].values()), {})
             current = 0 if stats.get("total_time") else stats.get("epoch", 1)
             assert 0 <= max(1, 100 * current / stats.get("total_epochs", 1)) <= 100
             assert isinstance(stats.get("best_metric", 0) * 100, (int, float))

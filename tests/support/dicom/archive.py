@@ -129,14 +129,14 @@ class Archive:
 
     def segs(self) -> list[Dataset]:
         """All segmentations, as stored, the oldest first."""
-        query = {"Level": "Instance", "Query": {"Modality": "SEG"}}
+        query: dict[str, Any] = {"Level": "Instance", "Query": {"Modality": "SEG"}}
         answer = requests.post(f"{self.rest}/tools/find", json=query, timeout=60, auth=self.account)
         found = [dcmread(io.BytesIO(self._get(f"instances/{i}/file").content)) for i in answer.json()]
         return sorted(found, key=lambda ds: (ds.ContentDate, float(ds.ContentTime)))
 
     def remove_series(self, uid: str) -> None:
         """Delete a series."""
-        query = {"Level": "Series", "Query": {"SeriesInstanceUID": uid}}
+        query: dict[str, Any] = {"Level": "Series", "Query": {"SeriesInstanceUID": uid}}
         (series,) = requests.post(f"{self.rest}/tools/find", json=query, timeout=60, auth=self.account).json()
         requests.delete(f"{self.rest}/series/{series}", timeout=60, auth=self.account).raise_for_status()
 

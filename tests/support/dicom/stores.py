@@ -14,7 +14,7 @@ from lib.stores.dicom.store import DicomStore
 from lib.tasks import Task
 from support.dicom.archive import Archive
 from support.dicom.dicoms import dcmqi_seg
-from support.helpers import tiny_task
+from support.helpers import read_nifti, tiny_task
 
 SHAPE = (9, 7, 5)
 TASK = tiny_task()  # liver 1, spleen 2, aorta 3
@@ -27,13 +27,13 @@ def store_on(archive: Archive, cache: Path, *tasks: Task, search_filter: dict[st
 
 def label_file(store: DicomStore, image: str, mask: np.ndarray, target: Path) -> Path:
     """A mask (columns, rows, slices) as an annotator's file on the grid of an image."""
-    nib.save(nib.Nifti1Image(mask, nib.load(store.get_image_uri(image)).affine), target)  # type: ignore[attr-defined]
+    nib.save(nib.Nifti1Image(mask, read_nifti(store.get_image_uri(image)).affine), target)
     return target
 
 
 def label_of(store: DicomStore, image: str) -> np.ndarray:
     """The final label as training gets it."""
-    return np.asarray(nib.load(store.get_label_uri(image, "final")).dataobj)  # type: ignore[attr-defined]
+    return np.asarray(read_nifti(store.get_label_uri(image, "final")).dataobj)
 
 
 def counted(store: DicomStore) -> tuple[int, list[str], list[str], list[str]]:
@@ -50,7 +50,7 @@ def seg_of(store: DicomStore, series: str, mask: np.ndarray, folder: Path, name:
     numbers = np.array([0, 3, 2, 1], np.uint8)[mask]
     names = {1: "aorta", 2: "spleen", 3: "liver"}
     shown = {value: names[value] for value in names if value in numbers}
-    affine = nib.load(store.get_image_uri(series)).affine  # type: ignore[attr-defined]
+    affine = read_nifti(store.get_image_uri(series)).affine
     return dcmqi_seg(folder / "series", numbers, affine, shown, folder / f"{name}.dcm", **more)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -243,10 +244,13 @@ def test_each_model_has_scores_of_its_own():
         strategy({"model": "liver"}, store)
 
 
+SPOILT: list[Any] = ["x", 3, [], {MODEL: 3}, {MODEL: {}}, {MODEL: {"version": "x"}}, {MODEL: None}]
+
+
 @pytest.mark.parametrize(
     "spoilt",
     [
-        *({cache.KEY: x} for x in ("x", 3, [], {MODEL: 3}, {MODEL: {}}, {MODEL: {"version": "x"}}, {MODEL: None})),
+        *({cache.KEY: x} for x in SPOILT),
         {cache.KEY: {MODEL: {"version": 3, "entropy": "high", "alignment": 0, "vector": ""}}},
         {cache.KEY: {MODEL: {"version": 3, "entropy": 0.9, "alignment": 0.1, "vector": ""}}},
         {cache.KEY: {MODEL: {"version": 3, "entropy": float("nan"), "alignment": 0.1, "vector": "AAA="}}},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -66,9 +67,9 @@ def test_one_lease_a_person_and_one_a_case(leases):
 @pytest.mark.parametrize("error", [ArchiveError("down"), OSError("gone"), BusyError("busy"), NotInStoreError("gone")])
 def test_what_cannot_be_had_is_not_leased(leases, call, error):
     """Nobody works on it: the next one who asks is offered it."""
-    store = Store(["a"])
+    store: Any = Store(["a"])
     store.get_image_uri = lambda case: f"/studies/{case}.nii.gz"
-    app = SimpleNamespace(strategies={"first": First()}, leases=leases, background=None, datastore=lambda: store)
+    app: Any = SimpleNamespace(strategies={"first": First()}, leases=leases, background=None, datastore=lambda: store)
     works = getattr(store, call)
 
     def fails(case):

@@ -62,7 +62,7 @@ def scratch(tmp_path, monkeypatch):
 
 def failing(error, after=0):
     """A function that fails from its call number `after` on; before, it does nothing."""
-    calls = []
+    calls: list[None] = []
 
     def fail(*_arguments, **_options):
         calls.append(None)

@@ -11,7 +11,7 @@ from lib.infers.explain import label_check
 from lib.infers.explain.agreement import FLOOR, agreement, fit, own_fit
 from lib.infers.explain.label_check import check_labels
 from lib.model.predict import Prediction
-from support.helpers import tiny_overlapping_task, tiny_task, write_nifti
+from support.helpers import read_nifti, tiny_overlapping_task, tiny_task, write_nifti
 
 MM6 = (6.0, 6.0, 6.0)  # the band is one voxel wide
 ROW = torch.tensor([0.5, 0.1, 0.8, 0.8, 0.2, 0.5]).view(6, 1, 1)
@@ -160,7 +160,7 @@ def test_an_image_without_usable_voxels_does_not_stop_the_others(oracle, tmp_pat
     """MONAI hides the reason behind a RuntimeError: the whole request answered 500."""
     task = tiny_task()
     broken = case(tmp_path, "a", boxes())
-    image = nib.load(broken["image"])
+    image = read_nifti(broken["image"])
     voxels = np.full(image.shape, np.nan, np.float32)
     nib.save(nib.Nifti1Image(voxels, image.affine), broken["image"])
     found = check_labels(None, task, [broken, case(tmp_path, "b", boxes())])

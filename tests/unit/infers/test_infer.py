@@ -1,5 +1,7 @@
 """The inference task without a server: geometry on any grid, options, and models that come and go."""
 
+from typing import Any
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from lib.model import versions
 from lib.model.nets import build_model
 from lib.model.predict import predict
 from lib.model.versions import CheckpointError
-from support.helpers import tiny_task, write_nifti
+from support.helpers import read_nifti, tiny_task, write_nifti
 
 PATCH = (48, 48, 48)
 
@@ -34,9 +36,9 @@ def test_mask_has_exactly_the_grid_of_the_image(task, tmp_path, shape, codes):
     affine = nib.orientations.inv_ornt_aff(nib.orientations.axcodes2ornt(codes), shape) @ np.diag([1.3, 0.9, 2.1, 1])
     image = write_nifti(tmp_path / "image.nii.gz", volume(shape), affine)
     file, _ = segment(BiPVLInfer(task, tmp_path / "m"), image)
-    mask = nib.load(file)
+    mask = read_nifti(file)
     assert mask.shape == shape
-    assert np.array_equal(mask.affine, nib.load(image).affine)
+    assert np.array_equal(mask.affine, read_nifti(image).affine)
     assert mask.get_data_dtype() == np.uint8
 
 
@@ -50,7 +52,7 @@ def test_affine_kept_as_a_quaternion_is_copied_exactly(task, tmp_path):
     image.set_sform(None, code=0)
     nib.save(image, tmp_path / "oblique.nii.gz")
     file, _ = segment(BiPVLInfer(task, tmp_path / "m"), tmp_path / "oblique.nii.gz")
-    ours, theirs = nib.load(file), nib.load(tmp_path / "oblique.nii.gz")
+    ours, theirs = read_nifti(file), read_nifti(tmp_path / "oblique.nii.gz")
     assert np.array_equal(ours.affine, theirs.affine)
     assert (int(ours.header["qform_code"]), int(ours.header["sform_code"])) == (1, 0)
 
@@ -64,11 +66,11 @@ def test_a_new_version_is_served_and_an_old_one_can_be_asked_for(task, tmp_path)
         engine.versions.publish(versions.checkpoint_of(build_model(task), task, {}))
         file, result = segment(engine, image)
         assert result["model_version"] == seed
-        masks[seed] = np.asarray(nib.load(file).dataobj)
+        masks[seed] = np.asarray(read_nifti(file).dataobj)
     assert not np.array_equal(masks[1], masks[2])
     file, result = segment(engine, image, model_version="1")
     assert result["model_version"] == 1
-    assert np.array_equal(np.asarray(nib.load(file).dataobj), masks[1])
+    assert np.array_equal(np.asarray(read_nifti(file).dataobj), masks[1])
     assert engine.config()["model_version"] == ["served", "2", "1"]
 
 
@@ -125,7 +127,8 @@ def test_memory_pressure_falls_back_to_smaller_settings(task, monkeypatch):
     model = build_model(task).eval()
     image = torch.rand(1, 60, 48, 48)
     expected = predict(model, image, task, overlap=0.5).probabilities
-    told, forward = [], type(model).forward
+    told: list[Any] = []
+    forward = type(model).forward
 
     def short(self, patches, sentences=None):
         if len(patches) > 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -11,7 +10,7 @@ from lib.model import predict as segment
 from lib.model.nets import build_model
 from lib.model.predict import content, predict
 from lib.volumes.transforms import apply, load
-from support.helpers import tiny_task, write_nifti
+from support.helpers import read_nifti, tiny_task, write_nifti
 
 PATCH = (32, 32, 32)
 NOISE_HU = 30
@@ -82,7 +81,7 @@ def test_only_a_ct_task_that_looks_into_air_asks_for_content():
 @pytest.mark.parametrize("low", [-175, -1000])
 def test_real_ct_in_a_wide_field_of_view(low, real_data, tmp_path, monkeypatch):
     """A real abdomen with as much noisy air beside it as it is wide: what a wide field of view looks like."""
-    source = nib.load(real_data / "abdomen_ct" / "ts-example_ct.nii.gz")
+    source = read_nifti(real_data / "abdomen_ct" / "ts-example_ct.nii.gz")
     voxels = np.asarray(source.dataobj).astype(np.int16)
     wide = air((2 * voxels.shape[0], *voxels.shape[1:]))
     wide[: voxels.shape[0]] = voxels

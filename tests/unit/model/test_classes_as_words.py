@@ -1,6 +1,5 @@
 """With the text head a version answers for the classes that its task has by now, and for those that a request names."""
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -12,7 +11,7 @@ from lib.model.predict import predict
 from lib.model.versions import CheckpointError
 from lib.tasks import task_from_dict
 from lib.trainers.judging import _served
-from support.helpers import ORGANS, concepts, label, tiny_overlapping_task, tiny_task, write_nifti
+from support.helpers import ORGANS, concepts, label, read_nifti, tiny_overlapping_task, tiny_task, write_nifti
 
 PATCH = (48, 48, 48)
 
@@ -37,7 +36,7 @@ def image(tmp_path):
 
 def segment(engine, image, **options):
     file, result = engine({"image": str(image), "device": "cpu", "logging": "WARNING", **options})
-    return np.asarray(nib.load(file).dataobj), result
+    return np.asarray(read_nifti(file).dataobj), result
 
 
 # Requests

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 import threading
@@ -11,7 +12,6 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -23,7 +23,7 @@ from lib.model.predict import predict
 from lib.trainers import BiPVLTrain
 from lib.trainers.roundtask import RoundTask
 from lib.volumes.reading import read_volume
-from support.helpers import tiny_task, write_nifti
+from support.helpers import read_nifti, tiny_task, write_nifti
 
 PATCH = (48, 48, 48)
 _WATCHING: list[Counter[str]] = []
@@ -61,7 +61,7 @@ def model(task):
 def test_the_counter_sees_what_readers_open(tmp_path):
     path = write_nifti(tmp_path / "a.nii.gz", np.ones((4, 4, 4), np.int16))
     with opened_files() as files:
-        np.asarray(nib.load(path).dataobj)
+        np.asarray(read_nifti(path).dataobj)
         path.read_bytes()
     assert files[str(path)] >= 2
 
@@ -137,7 +137,7 @@ def test_a_request_tokenises_once_and_reads_its_image_once(task, tmp_path, monke
 def test_each_window_is_computed_once(task, model, window_batch):
     """Every voxel holds its own number, so a window is known by its first."""
     shape = (100, 60, 48)
-    image = torch.arange(np.prod(shape), dtype=torch.float32).reshape(1, *shape) / np.prod(shape)
+    image = torch.arange(math.prod(shape), dtype=torch.float32).reshape(1, *shape) / math.prod(shape)
     seen: list[float] = []
     handle = model.register_forward_pre_hook(lambda _m, i: seen.extend(i[0][:, 0, 0, 0, 0].tolist()))
     prediction = predict(model, image, task, window_batch=window_batch)
@@ -168,7 +168,7 @@ def test_the_second_epoch_reads_no_volume(task, tmp_path, monkeypatch):
         datalist = staticmethod(lambda: cases)
 
     Store.__abstractmethods__ = frozenset()
-    epochs: list[int] = []
+    epochs: list[tuple[int, int]] = []
     step = RoundTask._train_step
 
     for dataset in ("CacheDataset", "PersistentDataset"):

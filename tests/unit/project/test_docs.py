@@ -26,7 +26,7 @@ REQUESTS = (ROOT / "docs" / "using" / "requests.md").read_text()
 SERVER = (ROOT / "docs" / "running" / "server.md").read_text()
 COMMAND_LINE = (ROOT / "docs" / "running" / "command-line.md").read_text()
 TRAINING = (ROOT / "docs" / "running" / "training.md").read_text()
-COMMANDS = typer.main.get_command(app)
+COMMANDS = typer.main.get_group(app)
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -156,9 +156,12 @@ def test_python_and_json_examples(tmp_path):
     calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
     (infer,) = (call for call in calls if ast.unparse(call.func) == "client.infer")
     assert ast.literal_eval(infer.args[0]) in list_tasks()
-    options = {key.value for key in infer.args[2].keys}
+    given = infer.args[2]
+    assert isinstance(given, ast.Dict)
+    options = {ast.literal_eval(key) for key in given.keys}
     assert options <= set(BiPVLInfer(load_task("quickstart"), tmp_path).config())
-    (words,) = (node.value for node in ast.parse(code).body if ast.unparse(node).startswith("words ="))
+    assigned = [node for node in ast.parse(code).body if isinstance(node, ast.Assign)]
+    (words,) = (node.value for node in assigned if ast.unparse(node).startswith("words ="))
     assert load_task("quickstart").with_concepts(ast.literal_eval(words))
 
 

@@ -55,7 +55,8 @@ def test_every_case_is_scored_once_a_version(engine, task, store, tmp_path, monk
 def test_a_killed_run_goes_on_where_it_was(engine, task, store, tmp_path, monkeypatch):
     """Killed after the second case: two are kept, and the next run scores the other two."""
     publish(engine, task, 1)
-    method, kept = scoring(engine, tmp_path), []
+    method = scoring(engine, tmp_path)
+    kept: list[str] = []
     update = store.update_image_info
 
     def killed(case, news):

@@ -11,7 +11,7 @@ import torch
 
 from lib.model.predict import predict
 from lib.volumes.transforms import apply, load, restore_map
-from support.helpers import write_nifti
+from support.helpers import read_nifti, write_nifti
 from support.scoring import publish
 
 
@@ -24,9 +24,9 @@ def test_the_map_lies_on_the_grid_of_the_image(engine, task, tmp_path, codes):
     image = write_nifti(tmp_path / "image.nii.gz", volume, affine)
     publish(engine, task, 1)
     file, result = engine({"image": str(image), "device": "cpu", "logging": "WARNING", "uncertainty_map": "true"})
-    found = nib.load(result["uncertainty_map"])
+    found = read_nifti(result["uncertainty_map"])
     assert found.shape == shape and found.get_data_dtype() == np.uint8
-    assert np.array_equal(found.affine, nib.load(image).affine)
+    assert np.array_equal(found.affine, read_nifti(image).affine)
     data = apply(load(task, label=False), {"image": str(image)})["image"]
     entropy = predict(engine.loaded("cpu")[1], data, task).entropy()
     expected = np.zeros(shape)
@@ -55,7 +55,7 @@ def test_a_kept_map_replaces_the_one_before_and_fills_no_history(store, tmp_path
     for value in (10, 20):
         file = write_nifti(tmp_path / "map.nii.gz", np.full((30, 30, 20), value, np.uint8))
         store.keep_map("a", file, {"model": "tiny"})
-    assert np.asarray(nib.load(store.get_label_uri("a", "uncertainty")).dataobj).max() == 20
+    assert np.asarray(read_nifti(store.get_label_uri("a", "uncertainty")).dataobj).max() == 20
     assert not (store.folder / "labels" / "history").exists()
     assert store.get_labeled_images() == ["b"], "a map is not a label"
     assert [case["id"] for case in store.datalist()] == ["b"]

@@ -133,8 +133,8 @@ def test_volumes_are_thinned_where_they_are_large(task):
     assert (found["shape"], found["step"], found["spacing"]) == ([200, 4, 5], [3, 1, 1], [1.5, 1.0, 2.0])
     shown = np.frombuffer(gzip.decompress(base64.b64decode(found["before"])), np.uint8).reshape(200, 4, 5)
     assert np.array_equal(np.unique(np.nonzero(shown)[0]), [100]) and shown.max() == 3
-    grey = np.frombuffer(gzip.decompress(base64.b64decode(found["grey"])), np.uint8).reshape(200, 4, 5)
-    assert (grey[100] == 255).all() and grey.sum() == 255 * 20
+    shown = np.frombuffer(gzip.decompress(base64.b64decode(found["grey"])), np.uint8).reshape(200, 4, 5)
+    assert (shown[100] == 255).all() and shown.sum() == 255 * 20
 
 
 def test_masks_of_a_failed_request_are_removed(task, tmp_path):

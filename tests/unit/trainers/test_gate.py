@@ -9,7 +9,7 @@ from lib.trainers import BiPVLTrain
 from lib.trainers.gate import decide
 from lib.trainers.judging import judge
 from lib.volumes.folders import image_id
-from support.helpers import tiny_task, write_nifti
+from support.helpers import read_nifti, tiny_task, write_nifti
 from support.training import Cases
 
 CLASSES = ("liver", "spleen")
@@ -225,7 +225,7 @@ def test_a_round_with_wrong_labels_is_kept_and_the_served_file_stays(trained, tm
     before = served.read_bytes()
     wrong = Cases()
     for case in cases:
-        label = nib.load(case["label"])
+        label = read_nifti(case["label"])
         values = np.asarray(label.dataobj)
         path = tmp_path / f"{image_id(case['image'])}.nii.gz"
         nib.save(nib.Nifti1Image(np.where(values > 0, values % 3 + 1, 0).astype(np.uint8), label.affine), path)

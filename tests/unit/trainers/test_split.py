@@ -16,7 +16,8 @@ def test_first_case_trains_and_shares_are_kept(tmp_path):
 
 
 def test_sides_never_change_as_cases_arrive(tmp_path):
-    path, sides = tmp_path / "split.json", {}
+    path = tmp_path / "split.json"
+    sides: dict[str, str] = {}
     for count in range(1, 40):
         training, validation = split_cases([f"case{i}" for i in range(count)], 0.25, path)
         for side, ids in (("t", training), ("v", validation)):

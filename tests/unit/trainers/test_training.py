@@ -23,6 +23,7 @@ from lib.trainers.recipe import LOG_SIGMA_FLOOR
 from lib.trainers.rounds import Round
 from lib.trainers.roundtask import RoundTask
 from support import ROOT
+from support.helpers import read_nifti
 from support.training import OPTIONS, RESUMED, SMALL, Cases, phantom_cases, small_trainer
 
 
@@ -68,9 +69,9 @@ def test_train_infer_evaluate_from_the_command_line(studies, tmp_path):
 
     image = studies / "phantom_000.nii.gz"
     run("infer", image, *common, "--out", tmp_path / "masks", "--version", "1", "--device", "cpu")
-    mask = nib.load(tmp_path / "masks" / image.name)
-    assert mask.shape == nib.load(image).shape
-    assert np.array_equal(mask.affine, nib.load(image).affine)
+    mask = read_nifti(tmp_path / "masks" / image.name)
+    assert mask.shape == read_nifti(image).shape
+    assert np.array_equal(mask.affine, read_nifti(image).affine)
     assert json.loads((tmp_path / "masks" / f"{image.name}.json").read_text())["model_version"] == 1
 
     output = run("evaluate", *common, "--data", studies, "--out", tmp_path / "scores", "--device", "cpu")
@@ -156,7 +157,7 @@ def test_nothing_to_train_on_is_said(tmp_path):
 
 def test_unusable_labels_are_refused_with_a_table(studies, tmp_path):
     wrong = tmp_path / "wrong.nii.gz"
-    source = nib.load(studies / "labels" / "final" / "phantom_000.nii.gz")
+    source = read_nifti(studies / "labels" / "final" / "phantom_000.nii.gz")
     nib.save(nib.Nifti1Image(np.full(source.shape, 99, np.uint8), source.affine), wrong)
     cases = Cases([{"image": str(studies / "phantom_000.nii.gz"), "label": str(wrong)}])
     with pytest.raises(ValueError, match=r"(?s)none of 1 case.*unusable.*99"):

@@ -16,7 +16,7 @@ from support.helpers import label, tiny_overlapping_task, tiny_task, write_nifti
 SPACING = (1.0, 1.0, 1.0)
 
 
-def cube(start: tuple[int, int, int], value: int = 1, size: int = 10, shape: int = 30) -> np.ndarray:
+def cube(start: tuple[int, ...], value: int = 1, size: int = 10, shape: int = 30) -> np.ndarray:
     volume = np.zeros((shape,) * 3, np.uint8)
     x, y, z = start
     volume[x : x + size, y : y + size, z : z + size] = value

@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -12,6 +13,7 @@ from scipy import ndimage
 from lib.tasks import load_task
 from lib.volumes.phantoms.anatomy import LABELS
 from lib.volumes.phantoms.studies import ORIENTATIONS, Case, generate_case, write_studies
+from support.helpers import read_nifti
 
 SEEDS = (0, 1, 2)
 COARSE = (4.0, 4.0, 5.0)
@@ -44,7 +46,7 @@ def test_same_seed_same_case() -> None:
 
 
 def test_other_seed_other_case() -> None:
-    options = {"size_mm": (360.0, 280.0, 250.0), "spacing": COARSE, "orientation": "RAS"}
+    options: dict[str, Any] = {"size_mm": (360.0, 280.0, 250.0), "spacing": COARSE, "orientation": "RAS"}
     a, b = generate_case(7, **options), generate_case(8, **options)
     assert a.image.shape == b.image.shape
     overlap = 2 * ((a.label == 1) & (b.label == 1)).sum() / ((a.label == 1).sum() + (b.label == 1).sum())
@@ -103,7 +105,7 @@ def test_organs_lie_right_in_the_world(case: Case) -> None:
 
 def test_sides_agree_with_a_real_scan(real_data: Path) -> None:
     """AMOS numbering: 2 right kidney, 3 left kidney, 6 liver."""
-    scan = nib.load(real_data / "abdomen_ct" / "ts-example_label-amos15.nii.gz")
+    scan = read_nifti(real_data / "abdomen_ct" / "ts-example_label-amos15.nii.gz")
     label = np.asarray(scan.dataobj)
     x = {value: apply_affine(scan.affine, np.argwhere(label == value))[:, 0].mean() for value in (2, 3, 6)}
     phantom = generate_case(0, spacing=COARSE)
@@ -161,7 +163,7 @@ def test_written_files_hold_the_case(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "phantom_002.nii.gz",
     ]
     case = generate_case(5001, spacing=(8.0, 8.0, 8.0))
-    image, label = nib.load(paths[1]), nib.load(tmp_path / "labels" / "final" / paths[1].name)
+    image, label = read_nifti(paths[1]), read_nifti(tmp_path / "labels" / "final" / paths[1].name)
     assert image.get_data_dtype() == np.int16 and label.get_data_dtype() == np.uint8
     assert np.array_equal(np.asarray(image.dataobj), case.image)
     assert np.array_equal(np.asarray(label.dataobj), case.label)

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from lib.app.cli.commands import app
 from lib.volumes.picture import GAP, LEGEND_LINE, ROW_LIMIT, TITLE, WIDTH, picture
-from support.helpers import tiny_overlapping_task, tiny_task, write_nifti
+from support.helpers import read_nifti, tiny_overlapping_task, tiny_task, write_nifti
 
 # RAS, 40 x 30 x 20 voxels of 1 x 1 x 2 mm; one block of liver (value 1): on the patient's right, in front, below.
 SHAPE, SPACING = (40, 30, 20), (1.0, 1.0, 2.0)
@@ -68,7 +68,7 @@ def test_size_and_places(files, tmp_path):
     panels = liver[liver[:, 0] < 2 * ROW]  # without the legend
 
     def expected(start: int, extent: tuple[float, float]) -> tuple[float, float]:
-        return tuple(start + mm * SCALE for mm in extent)
+        return start + extent[0] * SCALE, start + extent[1] * SCALE
 
     # The patient's right (x 28..36 mm of 40) is 4..12 mm from the left edge of the axial and coronal planes, what lies
     # in front (y 20..28 of 30) is 2..10 mm from the left edge of the sagittal one.
@@ -153,7 +153,7 @@ def test_command(files, tmp_path):
 def test_nibabel_agrees_on_the_turned_files(files, tmp_path):
     """The helper of this test file itself: what it writes as PSR is the same volume."""
     path = write_nifti(tmp_path / "psr.nii.gz", *turned(label_array(), "PSR"))
-    assert nib.aff2axcodes(nib.load(path).affine) == ("P", "S", "R")
-    canonical = nib.as_closest_canonical(nib.load(path))
+    assert nib.aff2axcodes(read_nifti(path).affine) == ("P", "S", "R")
+    canonical = nib.as_closest_canonical(read_nifti(path))
     assert np.array_equal(np.asarray(canonical.dataobj), label_array())
     assert np.allclose(canonical.affine, AFFINE)

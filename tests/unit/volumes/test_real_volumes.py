@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import nibabel as nib
 import numpy as np
 
 from lib.volumes.reading import read_volume
 from lib.volumes.transforms import apply, load, restore
-from support.helpers import label, one_hot, tiny_overlapping_task, tiny_task
+from support.helpers import label, one_hot, read_nifti, tiny_overlapping_task, tiny_task
 
 
 def _dice(a: np.ndarray, b: np.ndarray) -> float:
@@ -29,7 +28,7 @@ def test_real_ct_comes_back_on_its_own_grid(real_data):
         "image": str(real_data / "abdomen_ct/ts-example_ct.nii.gz"),
         "label": str(real_data / "abdomen_ct/ts-example_label-amos15.nii.gz"),
     }
-    truth = np.asarray(nib.load(data["label"]).dataobj)
+    truth = np.asarray(read_nifti(data["label"]).dataobj)
     for spacing, least in [((3.0, 3.0, 3.0), 1.0), ((1.5, 1.5, 2.0), 0.93)]:
         task = _amos_task(spacing)
         got = apply(load(task, label=True), data)
@@ -73,5 +72,5 @@ def test_real_brain_has_four_channels(real_data):
     assert got["image"].shape[0] == 4 and got["label"].shape[0] == 3
     assert got["image"].shape[1:] == got["label"].shape[1:]
     assert max(got["image"].shape[1:]) < 240  # the empty surroundings of the skull-stripped brain are gone
-    truth = np.asarray(nib.load(folder / "tcga-fg-6692_label-msd.nii.gz").dataobj)
+    truth = np.asarray(read_nifti(folder / "tcga-fg-6692_label-msd.nii.gz").dataobj)
     assert np.array_equal(restore(got["label"].as_tensor(), got["image"], task), truth)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -16,10 +17,11 @@ from lib.app.cli.commands import app
 from lib.volumes.reading import read_volume
 from lib.volumes.series import SeriesError, Volume, read_headers, volume_of, write_nifti
 from support.dicom.dicoms import AXIAL, make_series, with_uids
+from support.helpers import read_nifti
 from support.training import OPTIONS
 
 OBLIQUE = (0.8, 0.6, 0.0, -0.48, 0.64, 0.6)
-GRIDS = {
+GRIDS: dict[str, dict[str, Any]] = {
     "axial": {},
     "feet first": {"descending": True},
     "patient turned over": {"orientation": (-1, 0, 0, 0, -1, 0)},
@@ -34,7 +36,7 @@ def converted(folder: Path) -> tuple[Volume, nib.Nifti1Image]:
     files = {str(pydicom.dcmread(f, stop_before_pixels=True).SOPInstanceUID): f for f in folder.glob("*.dcm")}
     target = folder.parent / f"{folder.name}.nii.gz"
     write_nifti(files, volume, target)
-    image = nib.load(target)
+    image = read_nifti(target)
     assert isinstance(image, nib.Nifti1Image)
     return volume, image
 
@@ -88,7 +90,7 @@ def test_jpeg_2000_series_is_read_and_its_label_fits(real_data: Path, tmp_path: 
     compressed = pydicom.dcmread(tmp_path / "s" / "0.dcm").file_meta.TransferSyntaxUID
     assert compressed.is_compressed
     _, image = converted(tmp_path / "s")
-    label = nib.load(real_data / "dicom_ct" / "ts-example-dicom_label-ts117.nii.gz")
+    label = read_nifti(real_data / "dicom_ct" / "ts-example-dicom_label-ts117.nii.gz")
     assert nib.aff2axcodes(label.affine) == ("L", "A", "S")
     turned = label.as_reoriented(
         nib.orientations.ornt_transform(nib.io_orientation(label.affine), nib.io_orientation(image.affine))
@@ -274,7 +276,7 @@ def test_command_line_refuses_what_an_archive_would(tmp_path: Path) -> None:
     # The others are segmented, each on its own grid.
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["good.nii.gz", "good.json"][::-1]
     np.testing.assert_allclose(
-        nib.load(tmp_path / "out" / "good.nii.gz").affine, read_volume(tmp_path / "good").affine, atol=1e-4
+        read_nifti(tmp_path / "out" / "good.nii.gz").affine, read_volume(tmp_path / "good").affine, atol=1e-4
     )
 
     # As cases, too: the good one is scored, here against its own mask.

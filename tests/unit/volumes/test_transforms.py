@@ -341,8 +341,9 @@ def test_restoring_along_axes_gives_what_resampling_everything_gives(order, smoo
 
     resample = SpatialResample(mode="bilinear", padding_mode="border", align_corners=False)
     source = MetaTensor(probabilities, affine=torch.as_tensor(network))
-    dense = resample(source, dst_affine=torch.as_tensor(original), spatial_size=shape).as_tensor()
-    first, second = dense.topk(2, dim=0).values
+    dense = resample(source, dst_affine=torch.as_tensor(original), spatial_size=shape)
+    assert isinstance(dense, MetaTensor)
+    first, second = dense.as_tensor().topk(2, dim=0).values
     index = np.stack([*np.indices(shape), np.ones(shape)]).reshape(4, -1)
     at = (np.linalg.solve(network, original) @ index)[:3].reshape(3, *shape)
     size = np.array(probabilities.shape[1:]).reshape(3, 1, 1, 1)

@@ -115,7 +115,7 @@ def augment(task: Task, patches: int) -> list[Transform]:
     return steps
 
 
-def apply(transforms: Sequence[Transform], data: Mapping[Hashable, Any]) -> Any:
+def apply(transforms: Sequence[Transform], data: Mapping[str, Any]) -> Any:
     """Run transforms on one case. MONAI hides the reason of a failure behind a RuntimeError; a ValueError stays one.
 
     Raises:

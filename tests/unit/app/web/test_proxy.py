@@ -8,6 +8,7 @@ import threading
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import google.auth
 import pytest
@@ -371,7 +372,10 @@ def test_answer_that_breaks_off_is_seen_to(recorder: Recorder) -> None:
 def test_uploads_are_streamed(recorder: Recorder) -> None:
     """The browser sends the second half only once the archive has the first."""
     half = b"x" * 300_000
-    with serving(recorder.url) as url, socket.create_connection(url.split("/")[2].split(":"), timeout=WAIT) as browser:
+    with (
+        serving(recorder.url) as url,
+        socket.create_connection(("127.0.0.1", urlsplit(url).port), timeout=WAIT) as browser,
+    ):
         head = (
             f"POST /proxy/dicom/studies HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
             f"Content-Type: {DICOM_PARTS}\r\nContent-Length: {2 * len(half)}\r\n\r\n"

@@ -31,7 +31,11 @@ from support.helpers import write_nifti
 from support.training import SMALL
 
 INFER, TRY = "/infer/quickstart?image=", "/concepts/quickstart/try"
-PARAMS = {"overlap": {"overlap": 2}, "version": {"model_version": "v9"}, "label": {"label_subset": "livr"}}
+PARAMS: dict[str, dict[str, Any]] = {
+    "overlap": {"overlap": 2},
+    "version": {"model_version": "v9"},
+    "label": {"label_subset": "livr"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +221,8 @@ def test_an_upload_has_its_name_while_it_is_looked_at(name, kept):
     class Sent:
         filename, file = name, BytesIO(b"content")
 
-    with uploads.saved(Sent(), uploads.IMAGE_SUFFIXES, "file") as path:
+    upload: Any = Sent()
+    with uploads.saved(upload, uploads.IMAGE_SUFFIXES, "file") as path:
         assert path.read_bytes() == b"content" and len(path.name.encode()) < 200
         assert path.name == kept or (kept[0] == "…" and path.name.endswith(kept[1:]) and "腹部" in path.name)
     assert not path.parent.exists()

@@ -171,7 +171,7 @@ def test_present_mask_equals_subset_whatever_absent_vectors_hold():
     present[:, kept] = True
     expected = align(text[:, kept], rows[:, kept], vision[:, kept])
     for junk in (0.0, 1e4, math.nan):  # the mean under an empty mask is 0 / 0
-        given = [v.clone() for v in (text, rows, vision)]
+        given = text.clone(), rows.clone(), vision.clone()
         for v in given:
             v[:, [1, 4]] = junk
             v.requires_grad_()
@@ -186,7 +186,9 @@ def test_present_mask_equals_subset_whatever_absent_vectors_hold():
 
 @pytest.mark.parametrize("shown", [(), (1,)])
 def test_fewer_than_two_present_classes_give_zero_and_finite_gradients(shown):
-    given = [v.requires_grad_() for v in vectors()]
+    given = vectors()
+    for v in given:
+        v.requires_grad_()
     present = torch.zeros(2, 5, dtype=torch.bool)
     present[:, list(shown)] = True
     loss = align(*given, present=present)

@@ -43,9 +43,10 @@ def test_logits_are_features_times_what_the_text_says(overlapping):
     """Width 4: text e1 says weights (2, 0, 0, 0) and bias 1; e2 says (0, 0, 4, 0) and bias -1."""
     head = TextHead(4, 2, 3, overlapping)
     head.reader.forward = lambda text, apart: text
-    head.mlp = torch.nn.Linear(2, 5, bias=False)
+    linear = torch.nn.Linear(2, 5, bias=False)
+    head.mlp = torch.nn.Sequential(linear)
     with torch.no_grad():
-        head.mlp.weight.copy_(torch.tensor([[2.0, 0, 0, 0, 1], [0, 0, 4, 0, -1]]).T)
+        linear.weight.copy_(torch.tensor([[2.0, 0, 0, 0, 1], [0, 0, 4, 0, -1]]).T)
         if not overlapping:
             head.background.copy_(torch.tensor([0.0, 6, 0, 0, 0.5]))
         features = torch.tensor([3.0, 5, 7, 9]).view(1, 4, 1, 1, 1).expand(1, 4, 2, 1, 1)

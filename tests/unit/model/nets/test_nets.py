@@ -3,6 +3,7 @@
 import builtins
 import os
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -131,7 +132,7 @@ def test_decoder_receives_the_fused_maps():
     with torch.no_grad():
         reference = model(image).logits
         for n in range(4):
-            seen = []
+            seen: list[Any] = []
             handle = model.fusion[n].register_forward_hook(
                 lambda _m, _i, out, seen=seen: (seen.append(1), (out[0], out[1] + torch.randn_like(out[1])))[1]
             )

@@ -25,7 +25,7 @@ def test_a_seed_makes_monais_weights_under_monais_names(vision, build):
     torch.manual_seed(3)
     plain, following = build(), torch.rand(1)
     torch.manual_seed(3)
-    net = build_vision(vision, 1, PATCH, 12).net
+    net = build_vision(vision, 1, PATCH, 12).get_submodule("net")
     assert torch.equal(torch.rand(1), following)
     expected = {
         name: value

@@ -125,7 +125,7 @@ def test_the_worst_cases_are_kept_in_order(task):
 
 def test_weights_and_similarity_are_means_over_cases(task):
     examined = Examined(task)
-    assert examined.weights is None and examined.similarity is None
+    assert (examined.weights, examined.similarity) == (None, None)
     sure = torch.zeros(3, 6)
     sure[:, 2] = 1
     examined.prediction(*case(task, "a", boxes(), boxes()))
@@ -324,7 +324,7 @@ def test_served_and_kept_versions_differ_in_the_picture(tmp_path):
         version_chart("organs", [charted(1, first), charted(2, second, served=True)], out)
         pictures.append(imread(out))
     assert pictures[0].shape == pictures[1].shape
-    assert not np.array_equal(*pictures)
+    assert not np.array_equal(pictures[0], pictures[1])
 
 
 def test_a_damaged_version_is_left_out(tmp_path):

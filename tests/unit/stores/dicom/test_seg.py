@@ -135,13 +135,13 @@ def test_an_empty_label_names_what_is_not_there(volume: Volume, amos: Task) -> N
 @needs_dciodvfy
 @pytest.mark.parametrize("what", ["full", "empty", "declared", "automatic"])
 def test_it_is_valid(what: str, mask: np.ndarray, volume: Volume, amos: Task, tmp_path: Path) -> None:
-    more: dict[str, Any] = {
+    more: dict[str, dict[str, Any]] = {
         "full": {"author": "Dr. Ann^Lee\\"},
         "empty": {"declared": ["liver"]},
         "declared": {"declared": ["liver", "spleen"], "made_by": {"liver": MadeBy(2, accepted=True)}},
         "automatic": {"tag": "original", "made_by": {name: MadeBy(0) for name in amos.labels}},
-    }[what]
-    written(mask * (what != "empty"), volume, amos, **more).save_as(tmp_path / "seg.dcm")
+    }
+    written(mask * (what != "empty"), volume, amos, **more[what]).save_as(tmp_path / "seg.dcm")
     assert iod_errors(tmp_path / "seg.dcm") == []
 
 
