@@ -43,7 +43,7 @@ LONGEST = (
     "processes/dicom/test_dicom_server.py",
 )
 
-pytest.register_assert_rewrite("support.clients.browser")  # what failed is said there as in tests
+pytest.register_assert_rewrite("support.clients.browser", "support.endpoint")  # what failed is said there as in tests
 
 
 def pytest_configure(config: pytest.Config) -> None:
