@@ -45,7 +45,7 @@ def test_the_version_is_the_one_that_was_checked(package):
     checked, found = upstream.VERSIONS[package], importlib.metadata.version(package)
     assert found == checked, (
         f"{package} {found} is installed, the assumptions were checked with {checked}: "
-        "where all other tests of the files test_upstream_*.py pass, write the new version into lib/upstream.py"
+        "if all other tests of the files test_upstream_*.py pass, write the new version into lib/upstream.py"
     )
     assert f"\n{package}=={checked} " in (ROOT / "requirements.txt").read_text()
 
