@@ -274,6 +274,36 @@ def restore_map(values: Tensor, image: MetaTensor | Mapping[str, Any]) -> np.nda
     return volume
 
 
+def restore_box(values: Tensor, meta: Mapping[str, Any], box: tuple[slice, slice, slice]) -> np.ndarray:
+    """Maps of numbers on the network's grid to a box of the file's grid; as `restore_map`, and past the preprocessed
+    crop the values at its edge.
+
+    Args:
+        values: (channels, h, w, d).
+        meta: as in `restore`.
+        box: of the file's voxels.
+
+    Returns:
+        (channels, …) float32, of the box's size.
+    """
+    network, original = (torch.as_tensor(meta[key], dtype=torch.float64).cpu() for key in ("affine", "original_affine"))
+    affine = original.clone()
+    affine[:3, 3] += original[:3, :3] @ torch.tensor([part.start for part in box], dtype=torch.float64)
+    size = [part.stop - part.start for part in box]
+    # Only the network's voxels around the box: resampling copies its source.
+    corners = torch.tensor([[x, y, z, 1] for x in (-1, size[0]) for y in (-1, size[1]) for z in (-1, size[2])]).double()
+    places = (torch.linalg.solve(network, affine) @ corners.T)[:3]
+    shape = torch.tensor(values.shape[1:])
+    low = torch.minimum((places.amin(1).floor() - 1).long().clamp(min=0), shape - 2).clamp(min=0)
+    high = torch.maximum(torch.minimum(places.amax(1).ceil().long() + 2, shape), low + 1)
+    part = values[:, low[0] : high[0], low[1] : high[1], low[2] : high[2]].as_subclass(Tensor).float()
+    moved = network.clone()
+    moved[:3, 3] += network[:3, :3] @ low.double()
+    resample = SpatialResample(mode="bilinear", padding_mode="border", align_corners=False, dtype=np.float32)
+    found = resample(MetaTensor(part, affine=moved), dst_affine=affine, spatial_size=size)
+    return np.asarray(found.as_tensor().numpy(), np.float32)
+
+
 def _resampled(
     source: Tensor, network: Tensor, original: Tensor, shape: Sequence[int]
 ) -> Iterator[tuple[slice, Tensor, np.ndarray]]:

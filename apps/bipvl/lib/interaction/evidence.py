@@ -1,0 +1,70 @@
+"""How far a click speaks: the more a voxel is like the clicked one and the nearer it lies, the more it follows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+from skimage.graph import MCP_Geometric
+
+LEAST_SPREAD = 1e-3  # of intensities; below it an image counts as flat
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How evidence falls off.
+
+    distance: mm at which it has fallen to exp(-1/2), in tissue like the clicked one.
+    intensity: how many mm a difference of one standard deviation of the box counts per mm of way.
+    gain: of the margin (log odds) at the click itself.
+    """
+
+    distance: float = 9.0
+    intensity: float = 1.0
+    gain: float = 6.0
+
+
+def scale_of(image: np.ndarray) -> float:
+    """The spread of intensities that differences are measured by: the standard deviation of the volume."""
+    return max(float(image.std()), LEAST_SPREAD)
+
+
+def path_lengths(image: np.ndarray, spacing: Sequence[float], points: np.ndarray, weight: float) -> np.ndarray:
+    """The geodesic distance of each voxel from the nearest of some voxels, (h, w, d) float32, in mm.
+
+    A way through tissue that differs from the clicked voxels by x standard deviations is (1 + weight * x) times as
+    long. Without points it is infinite everywhere.
+
+    Source: geodesic distance on images, Criminisi, Sharp, Blake: "GeoS", ECCV 2008.
+
+    Args:
+        image: (h, w, d), the intensities in standard deviations.
+        points: (n, 3) voxels within the image.
+    """
+    if not len(points):
+        return np.full(image.shape, np.inf, np.float32)
+    # What the clicked tissue looks like: the nearest click decides where several are given.
+    away = np.ones(image.shape, bool)
+    away[tuple(points.T)] = False
+    nearest = ndimage.distance_transform_edt(away, sampling=spacing, return_distances=False, return_indices=True)
+    smooth = ndimage.median_filter(image, size=(3, 3, 1))
+    cost = 1 + weight * np.abs(smooth - smooth[tuple(nearest)])
+    lengths, _ = MCP_Geometric(cost, sampling=tuple(spacing)).find_costs([tuple(p) for p in points])
+    return lengths.astype(np.float32)
+
+
+def evidence(
+    image: np.ndarray, spacing: Sequence[float], inside: np.ndarray, outside: np.ndarray, reach: Reach
+) -> np.ndarray:
+    """What the clicks add to the class's margin: (h, w, d) float32, positive for the class, negative against it.
+
+    exp(-g² / 2 distance²) · gain of the geodesic distance g from the clicks of either kind; the nearer kind decides
+    where both speak.
+    """
+    for_it, against = (
+        np.exp(-0.5 * (path_lengths(image, spacing, points, reach.intensity) / reach.distance) ** 2)
+        for points in (inside, outside)
+    )
+    return (reach.gain * np.where(for_it >= against, for_it, -against)).astype(np.float32)

@@ -1,0 +1,152 @@
+"""What the server remembers of people at work: their mask as it is, how sure the model was, and what each label's
+clicks changed. Bounded, and forgotten after a while: it costs one pass of the model to have it again."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import ndimage
+
+from lib.interaction.boxes import Box
+from lib.interaction.margins import Margin
+
+SESSION_BYTES = 256 * 2**20  # of one session at most: one that needs more is refused
+BYTES = 2**30  # of all sessions together: the least recently used are forgotten first
+SECONDS = 8 * 3600.0  # without use, after which one is forgotten
+
+
+class Key(NamedTuple):
+    """Whose work on what."""
+
+    person: str
+    image: str
+    task: str
+
+
+@dataclass(frozen=True)
+class Change:
+    """What the clicks on one label changed: the map's values in a box, before and after."""
+
+    box: Box
+    before: np.ndarray
+    after: np.ndarray
+
+
+class Kept:
+    """A label map in memory: the box that holds its labels."""
+
+    def __init__(self, labels: np.ndarray) -> None:
+        found = ndimage.find_objects((labels > 0).astype(np.uint8))
+        self.shape = labels.shape
+        self.box: Box = found[0] if found else (slice(0, 1),) * 3
+        self.part = labels[self.box].copy()
+
+    def full(self) -> np.ndarray:
+        """The whole map, a new one."""
+        labels = np.zeros(self.shape, self.part.dtype)
+        labels[self.box] = self.part
+        return labels
+
+
+@dataclass
+class Session:
+    """One person's work on one image.
+
+    version: of the model that it began with.
+    meta: `affine` of the network's grid, `original_affine`, `spatial_shape`.
+    margins: of each label.
+    origin: where its mask came from, for the answer.
+    """
+
+    version: int
+    meta: Mapping[str, Any]
+    margins: Mapping[str, Margin]
+    labels: Kept
+    origin: str
+    changes: dict[str, Change] = field(default_factory=dict)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    used: float = field(default_factory=time.monotonic)
+
+    @property
+    def nbytes(self) -> int:
+        changes = sum(c.before.nbytes + c.after.nbytes for c in self.changes.values())
+        return self.labels.part.nbytes + sum(m.nbytes for m in self.margins.values()) + changes
+
+    def without(self, label: str) -> np.ndarray:
+        """The label map without what the clicks on a label changed; voxels that have changed since stay."""
+        labels = self.labels.full()
+        if change := self.changes.get(label):
+            part = labels[change.box]
+            part[...] = np.where((change.before != change.after) & (part == change.after), change.before, part)
+        return labels
+
+    def set(self, labels: np.ndarray, origin: str) -> None:
+        """Take over a map that somebody drew: clicks from before count as done."""
+        self.labels, self.origin = Kept(labels), origin
+        self.changes.clear()
+
+    def change(self, label: str, labels: np.ndarray, change: Change) -> None:
+        """Take over the answer to the clicks on one label."""
+        self.labels = Kept(labels)
+        self.changes[label] = change
+
+
+class Memory:
+    """The sessions of a server. Safe to use from several threads.
+
+    Args:
+        limit: bytes of all sessions together.
+        seconds: without use, after which one is forgotten.
+    """
+
+    def __init__(self, limit: int = BYTES, seconds: float = SECONDS) -> None:
+        self._limit, self._seconds = limit, seconds
+        self._sessions: OrderedDict[Key, Session] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Key) -> Session | None:
+        """The session, None if there is none (any more)."""
+        with self._lock:
+            self._clear()
+            if found := self._sessions.get(key):
+                found.used = time.monotonic()
+                self._sessions.move_to_end(key)
+            return found
+
+    def put(self, key: Key, session: Session) -> None:
+        """Remember a session, in place of the one that there is.
+
+        Raises:
+            ValueError: it needs more memory than one may.
+        """
+        if session.nbytes > SESSION_BYTES:
+            size = session.nbytes / 2**20
+            raise ValueError(f"{key.image}: clicks need {size:.0f} MB of memory; valid are {SESSION_BYTES >> 20} MB")
+        with self._lock:
+            self._sessions[key] = session
+            self._sessions.move_to_end(key)
+            self._clear()
+
+    def forget(self, image: str) -> None:
+        """Drop what is known of an image, of everybody."""
+        with self._lock:
+            for key in [key for key in self._sessions if key.image == image]:
+                del self._sessions[key]
+
+    def __len__(self) -> int:
+        with self._lock:
+            return len(self._sessions)
+
+    def _clear(self) -> None:
+        now = time.monotonic()
+        for key in [key for key, session in self._sessions.items() if now - session.used > self._seconds]:
+            del self._sessions[key]
+        size = sum(session.nbytes for session in self._sessions.values())
+        while size > self._limit and len(self._sessions) > 1:
+            size -= self._sessions.popitem(last=False)[1].nbytes
