@@ -25,9 +25,10 @@ from typing import Annotated, Any
 import torch
 import typer
 import yaml
+from torch import nn
 
 from benchmarks import ROOT, records
-from benchmarks.accuracy.data import Patches, Preprocessed, find_cases, split_cases
+from benchmarks.accuracy.data import SHARES, SPLITS, Patches, Preprocessed, find_cases, split_cases
 from benchmarks.accuracy.report import (
     SECTION,
     paper_row,
@@ -106,11 +107,11 @@ def execute(
     """Run and write the result."""
     start = time.perf_counter()
     task = spec.task_of()
-    split = split_cases(find_cases(data), spec.train_patients, spec.fold)
+    split = split_cases(find_cases(data), spec.train_patients, spec.fold, SPLITS.get(spec.task, SHARES))
     held_out = {"test": split.test, "validation": split.validation}[on]
     training: Sequence[dict[str, Any]] = Preprocessed(task, split.training, work / "volumes", spec.field)
     steps = spec.iterations or SMALL_ITERATIONS
-    if spec.size == "paper":
+    if spec.size != "small":
         steps = spec.iterations or task.training.epochs * -(-len(training) // task.training.batch_size)
     else:
         training = list(training)
@@ -120,7 +121,17 @@ def execute(
     prepared = seconds_since(start)
 
     start, cpu = time.perf_counter(), time.process_time()
-    curves = train(network, task, Patches(task, training, steps, spec.seed), probe, device, precision, workers)
+    state = work / "states" / f"{spec.name}.pt"
+    state.parent.mkdir(parents=True, exist_ok=True)
+    watched = list(Preprocessed(task, split.validation, work / "volumes", spec.field))
+
+    def validate(model: nn.Module) -> float:
+        return scores(score(task, split.validation, segment(model, task, watched)))["mean"]["mean"]["dice"]
+
+    patches = Patches(task, training, steps, spec.seed)
+    curves = train(
+        network, task, patches, probe, device, precision, workers, state, validate if split.validation else None
+    )
     trained = seconds_since(start)
     cpu = round(time.process_time() - cpu, 1)
 
@@ -156,6 +167,7 @@ def execute(
             add_text(results, spec, network.model, task, held_out, volumes)
     else:
         records.put(results, result)
+    state.unlink(missing_ok=True)
 
 
 def add_text(results: Path, spec: Run, model: BiPVLSeg, task: Task, cases: list[dict[str, str]], volumes: Any) -> None:
@@ -214,7 +226,7 @@ def plan_command(
                 elif open_ == "text":
                     saved = checkpoint_path(spec, work)
                     model, own = checkpoints.restore_model(checkpoints.load(saved), saved)
-                    test = split_cases(find_cases(data), fold=spec.fold).test
+                    test = split_cases(find_cases(data), fold=spec.fold, shares=SPLITS.get(spec.task, SHARES)).test
                     volumes = Preprocessed(own, test, work / "volumes", spec.field)
                     add_text(results, spec, model.to(device), own, test, volumes)
             print(f"done: {spec.name}", flush=True)
@@ -249,7 +261,7 @@ def ablate_text_command(
 ) -> None:
     """Score a trained model with its own text, shuffled between classes, names only, and empty."""
     model, task = checkpoints.restore_model(checkpoints.load(checkpoint), checkpoint)
-    split = split_cases(find_cases(data), fold=fold)
+    split = split_cases(find_cases(data), fold=fold, shares=SPLITS.get(task.name, SHARES))
     cases = {"test": split.test, "validation": split.validation}[on]
     volumes = Preprocessed(task, cases, work / "volumes", field)
     if firsts:

@@ -23,6 +23,7 @@ from lib.volumes.transforms import apply, augment, load
 
 SPLIT_SEED = 2025  # the same split for every model and every seed
 SHARES = (40, 8, 12)  # of 60: training, validation, test
+SPLITS = {"hippocampus-mr": (120, 22, 60)}  # of a task whose split has other shares
 
 
 @dataclass(frozen=True)
@@ -37,17 +38,17 @@ class Split:
 def find_cases(folder: Path) -> list[dict[str, str]]:
     """The labelled volumes of a data set's folder.
 
-    Known layouts: `imagesTr` and `labelsTr` with equal names (AMOS22, Medical Segmentation Decathlon), `X_image` beside
-    `X_label` (MM-WHS), `X` beside `X_gt` (ACDC, in one folder or one per patient). Files end in .nii or .nii.gz. The
-    patient is what comes before `_frame`, and else the case itself.
+    Known layouts: `imagesTr` and `labelsTr` with equal names (AMOS22, Medical Segmentation Decathlon), or `images` and
+    `labels`; `X_image` beside `X_label` (MM-WHS), `X` beside `X_gt` (ACDC, in one folder or one per patient). Files end
+    in .nii or .nii.gz. The patient is what comes before `_frame`, and else the case itself.
 
     Raises:
         ValueError: no pair found.
     """
     pairs: list[tuple[Path, Path]] = []
-    if (folder / "imagesTr").is_dir():
-        found = ((p, folder / "labelsTr" / p.name) for p in (folder / "imagesTr").glob("*.nii*"))
-        pairs = [(image, label) for image, label in found if label.is_file() and not image.name.startswith(".")]
+    for images, labels in (("imagesTr", "labelsTr"), ("images", "labels")):
+        found = ((p, folder / labels / p.name) for p in (folder / images).glob("*.nii*"))
+        pairs += [(image, label) for image, label in found if label.is_file() and not image.name.startswith(".")]
     for image in [] if pairs else folder.rglob("*.nii*"):
         for own, other in (("_image.nii", "_label.nii"), (".nii", "_gt.nii")):
             label = image.with_name(image.name.replace(own, other))
@@ -56,7 +57,7 @@ def find_cases(folder: Path) -> list[dict[str, str]]:
                 break
     if not pairs:
         raise ValueError(
-            f"{folder}: no labelled volume; expected imagesTr/X with labelsTr/X, X_image with X_label, or X with X_gt "
+            f"{folder}: no labelled volume; expected imagesTr/X with labelsTr/X, images/X with labels/X, X_image with X_label, or X with X_gt "
             "(.nii or .nii.gz)"
         )
     cases = []
@@ -66,13 +67,19 @@ def find_cases(folder: Path) -> list[dict[str, str]]:
     return cases
 
 
-def split_cases(cases: Sequence[dict[str, str]], train_patients: int | None = None, fold: int | None = None) -> Split:
+def split_cases(
+    cases: Sequence[dict[str, str]],
+    train_patients: int | None = None,
+    fold: int | None = None,
+    shares: tuple[int, int, int] = SHARES,
+) -> Split:
     """Split by patient, after a shuffle with a fixed seed.
 
     Args:
         cases: of `find_cases`.
         train_patients: the first so many patients of the training part; smaller sets are parts of larger ones.
-        fold: 0, 1 or 2: that third is the test set, everything else trains, nothing validates. None: 40 : 8 : 12.
+        fold: 0, 1 or 2: that third is the test set, everything else trains, nothing validates. None: by `shares`.
+        shares: of training, validation and test (`SPLITS`).
 
     Raises:
         ValueError: too few patients.
@@ -80,7 +87,7 @@ def split_cases(cases: Sequence[dict[str, str]], train_patients: int | None = No
     patients = sorted({case["patient"] for case in cases})
     random.Random(SPLIT_SEED).shuffle(patients)
     if fold is None:
-        ends = [round(len(patients) * sum(SHARES[: i + 1]) / sum(SHARES)) for i in range(3)]
+        ends = [round(len(patients) * sum(shares[: i + 1]) / sum(shares)) for i in range(3)]
         parts = patients[: ends[0]], patients[ends[0] : ends[1]], patients[ends[1] :]
     else:
         parts = [p for i, p in enumerate(patients) if i % 3 != fold], [], patients[fold::3]

@@ -32,7 +32,7 @@ SMALL_ITERATIONS = 200
 # Short-axis images have the heart in their middle: the field holds 99.5% of what is labelled, one patch the field.
 FIELDS: dict[str, tuple[float, float]] = {"small": (192.0, 192.0)}
 FEW = (4, 8, 16)  # training patients of the learning curve, besides all
-SIZES: dict[str, dict[str, Any]] = {"small": SMALL, "paper": {}}
+SIZES: dict[str, dict[str, Any]] = {"small": SMALL, "paper": {}, "task": {}}  # task: one that is small by itself
 
 # The paper's Table 3 (ablations) and Table 2 (text formats), text of the wrong class already in training, what
 # Swin UNETR gains from class maps of its decoder without any text, and the text head with steps that know some classes.
@@ -64,7 +64,7 @@ class Run:
         variant: a key of `VARIANTS`.
         train_patients: how many patients train; None for all of the split's.
         seed: of weights, patches and augmentation. The split does not depend on it.
-        size: `small` or `paper`.
+        size: `small`, `paper` or `task`.
         fold: 0, 1 or 2 of three-fold cross-validation; None for the fixed split.
         iterations: training steps; None for the size's own.
         overrides: further values of the task, in sorted (dotted key, value) pairs.

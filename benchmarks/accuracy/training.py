@@ -10,8 +10,10 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import permutations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,10 +21,11 @@ import torch
 from monai.networks.nets import DynUNet, MedNeXt
 from monai.utils import set_determinism
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from benchmarks.accuracy.data import Patches
 from benchmarks.accuracy.settings import SUPERVISED, Run
+from lib.files import write_atomic
 from lib.model.alignment import unit
 from lib.model.losses import class_maps_loss, segmentation_loss
 from lib.model.nets import BiPVLSeg, build_model
@@ -39,6 +42,8 @@ from lib.volumes.reading import align_label, read_volume
 from lib.volumes.transforms import restore
 
 POINTS = 30  # of the recorded curves
+VALIDATIONS = 10  # of them that also score the validation patients
+SAVE_SECONDS = 300  # between two states that a stopped training goes on from
 PROBE_PATCHES = 2
 
 
@@ -148,8 +153,12 @@ def train(
     device: torch.device,
     kind: str,
     workers: int = 0,
+    state: Path | None = None,
+    validate: Callable[[nn.Module], float] | None = None,
 ) -> dict[str, list]:
     """Train in place; the last weights count, nothing is selected. Returns the curves.
+
+    A training that was stopped goes on from its file of state, to the same weights as if it had not been stopped.
 
     Args:
         network: on the device.
@@ -158,6 +167,8 @@ def train(
         probe: batches on which alignment and concept weights are measured.
         kind: `bf16` or `float32`.
         workers: processes that prepare batches.
+        state: file that the training's state is kept in until it ends; None: nowhere.
+        validate: the mean Dice of validation patients, for the curve `validation`, with the steps `validated`.
 
     Raises:
         ValueError: the loss is not finite.
@@ -168,7 +179,18 @@ def train(
     curves: dict[str, list] = {}
     window: list[dict[str, float]] = []
     every = max(1, steps // POINTS)
-    for step, batch in enumerate(DataLoader(patches, batch_size=None, num_workers=workers), 1):
+    done = 0
+    parts_of_state = {"network": network, "optimizer": optimizer, "schedule": schedule}
+    if state and state.is_file():
+        kept = torch.load(state, map_location=device, weights_only=True)
+        for name, part in parts_of_state.items():
+            part.load_state_dict(kept[name])
+        done, curves, window = kept["step"], kept["curves"], kept["window"]
+        torch.set_rng_state(kept["random"].cpu())
+        print(f"goes on after step {done}", flush=True)
+    saved = time.monotonic()
+    left = Subset(patches, range(done, steps))
+    for step, batch in enumerate(DataLoader(left, batch_size=None, num_workers=workers), done + 1):
         network.train()
         optimizer.zero_grad(set_to_none=True)
         with precision(device, kind):
@@ -188,6 +210,15 @@ def train(
                 curves.setdefault(name, []).append(value)
             print(json.dumps({k: v for k, v in point.items() if k not in ("weights", "similarity")}), flush=True)
             window.clear()
+        if validate and (step % max(1, steps // VALIDATIONS) == 0 or step == steps):
+            curves.setdefault("validated", []).append(step)
+            curves.setdefault("validation", []).append(round(validate(network.model), 4))
+            print(json.dumps({"step": step, "validation": curves["validation"][-1]}), flush=True)
+        if state and time.monotonic() - saved > SAVE_SECONDS:
+            kept = {name: part.state_dict() for name, part in parts_of_state.items()}
+            kept |= {"step": step, "curves": curves, "window": window, "random": torch.get_rng_state()}
+            write_atomic(state, partial(torch.save, kept))
+            saved = time.monotonic()
     return curves
 
 

@@ -12,7 +12,7 @@ import torch
 from benchmarks import records
 from benchmarks.accuracy import report, training
 from benchmarks.accuracy.__main__ import claim, execute, missing  # noqa: E402
-from benchmarks.accuracy.data import Patches, Preprocessed, find_cases, split_cases  # noqa: E402
+from benchmarks.accuracy.data import SPLITS, Patches, Preprocessed, find_cases, split_cases  # noqa: E402
 from benchmarks.accuracy.settings import SUPERVISED, VISION_ONLY, Run, matrix, with_shuffled_text  # noqa: E402
 from benchmarks.documents import insert  # noqa: E402
 from lib.model.nets import build_model  # noqa: E402
@@ -56,6 +56,15 @@ def test_each_patient_is_tested_in_one_of_three_folds(tmp_path: Path) -> None:
     assert sorted(tested) == sorted(c["id"] for c in cases)
     for fold in folds:
         assert not {c["patient"] for c in fold.training} & {c["patient"] for c in fold.test}
+
+
+def test_a_task_may_have_a_split_of_its_own(tmp_path: Path) -> None:
+    for part in ("images", "labels"):
+        (tmp_path / part).mkdir()
+        for n in range(202):
+            (tmp_path / part / f"hippocampus_{n:03}.nii.gz").touch()
+    split = split_cases(find_cases(tmp_path), shares=SPLITS["hippocampus-mr"])
+    assert [len(part) for part in (split.training, split.validation, split.test)] == [120, 22, 60]
 
 
 def test_layouts_of_the_public_data_sets_are_found(tmp_path: Path) -> None:
@@ -128,6 +137,37 @@ def test_patches_depend_on_seed_and_step_alone(tmp_path: Path) -> None:
     assert torch.equal(again[2][0], images[2])  # whatever was drawn before
     assert not torch.equal(images[0], images[2])
     assert not torch.equal(other[0][0], images[0])
+
+
+def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0)
+    spec = Run("quickstart", "bipvl", "text")
+    task = tiny_task()
+    volumes = list(Preprocessed(task, _tiny_cases(tmp_path, 2), tmp_path / "cache"))
+
+    class Stopping(Patches):
+        def __getitem__(self, i: int) -> tuple[torch.Tensor, ...]:
+            if i == 2 and not stopped:
+                stopped.append(i)
+                raise KeyboardInterrupt
+            return super().__getitem__(i)
+
+    def run(patches: Patches, state: Path | None) -> tuple[dict[str, torch.Tensor], dict[str, list]]:
+        network = training.build_network(spec, task)
+        curves = training.train(
+            network, task, patches, [], torch.device("cpu"), "float32", state=state, validate=lambda model: 0.5
+        )
+        return network.state_dict(), curves
+
+    monkeypatch.setattr(training, "text_state", lambda *_: {})
+    stopped: list[int] = [0]
+    whole, expected = run(Stopping(task, volumes, 4, 0), None)
+    stopped.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run(Stopping(task, volumes, 4, 0), tmp_path / "state.pt")
+    resumed, curves = run(Stopping(task, volumes, 4, 0), tmp_path / "state.pt")
+    assert stopped == [2] and curves == expected and curves["validated"] == [1, 2, 3, 4]
+    assert all(torch.equal(whole[name], value) for name, value in resumed.items())
 
 
 def _tiny_cases(folder: Path, patients: int) -> list[dict[str, str]]:

@@ -21,11 +21,12 @@ AXES: tuple[Axis, ...] = ("left-right", "posterior-anterior", "inferior-superior
 
 
 class Snomed(StrictModel):
-    """A SNOMED CT concept. `laterality` is the DICOM modifier for paired structures."""
+    """A SNOMED CT concept, and its DICOM modifiers: `laterality` of paired structures, `part` of divided ones."""
 
     code: Annotated[str, Field(pattern=r"^\d{6,18}$")]
     meaning: str
     laterality: Literal["left", "right"] | None = None
+    part: Literal["anterior", "posterior"] | None = None
 
 
 class Label(StrictModel):

@@ -36,7 +36,12 @@ PRIVATE_GROUP, DECLARED = 0x0071, 0x01  # the classes that an annotator looked f
 ANATOMY = CodedConcept("123037004", "SCT", "Anatomical Structure")
 MORPHOLOGY = CodedConcept("49755003", "SCT", "Morphologically Abnormal Structure")
 LESIONS = frozenset({"108369006", "52988006", "79654002", "126952004", "4147007", "86049000"})
-SIDES = {"left": ("7771000", "Left"), "right": ("24028007", "Right")}
+MODIFIERS = {  # of a structure: its side, its part
+    "left": ("7771000", "Left"),
+    "right": ("24028007", "Right"),
+    "anterior": ("255549009", "Anterior"),
+    "posterior": ("255551008", "Posterior"),
+}
 AI = CodedConcept("123110", "DCM", "Artificial Intelligence")
 GRID_TOLERANCE = 0.1  # voxels
 
@@ -165,10 +170,9 @@ def _description(number: int, name: str, task: Task, who: MadeBy) -> SegmentDesc
         who.kind,
         algorithm_identification=identification,
     )
-    if label.snomed.laterality:
-        code, meaning = SIDES[label.snomed.laterality]
-        side = CodedConcept(code, "SCT", meaning)
-        made.SegmentedPropertyTypeCodeSequence[0].SegmentedPropertyTypeModifierCodeSequence = Items([side])
+    if modifiers := [MODIFIERS[word] for word in (label.snomed.laterality, label.snomed.part) if word]:
+        items = Items([CodedConcept(code, "SCT", meaning) for code, meaning in modifiers])
+        made.SegmentedPropertyTypeCodeSequence[0].SegmentedPropertyTypeModifierCodeSequence = items
     made.RecommendedDisplayCIELabValue = _cielab(label.color)
     return made
 
