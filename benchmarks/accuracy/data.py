@@ -57,8 +57,8 @@ def find_cases(folder: Path) -> list[dict[str, str]]:
                 break
     if not pairs:
         raise ValueError(
-            f"{folder}: no labelled volume; expected imagesTr/X with labelsTr/X, images/X with labels/X, X_image with X_label, or X with X_gt "
-            "(.nii or .nii.gz)"
+            f"{folder}: no labelled volume; expected imagesTr/X with labelsTr/X, images/X with labels/X, "
+            "X_image with X_label, or X with X_gt (.nii or .nii.gz)"
         )
     cases = []
     for image, label in sorted(pairs):
