@@ -36,6 +36,7 @@ class Prediction:
     similarity: (C, C), cosine of the text T of each class (rows) and the vision vector V of each (columns), weighted
         likewise by the column's class. The paper's Fig. 2d.
     windows, skipped: how many windows the volume has, and how many of them held nothing but background.
+    features: (width, h, w, d) float16 on the CPU, of the decoder, stitched as the logits are; if they were asked for.
     """
 
     probabilities: Tensor
@@ -43,6 +44,7 @@ class Prediction:
     similarity: Tensor
     windows: int
     skipped: int
+    features: Tensor | None = None
 
     @property
     def alignment(self) -> Tensor:
@@ -85,16 +87,25 @@ class Prediction:
 class _Windows:
     """The predictor that sliding-window inference calls: skips empty windows and collects what the text saw."""
 
-    def __init__(self, model: BiPVLSeg, task: Task, sentences: Sentences | None, flips: list[tuple[int, ...]]) -> None:
+    def __init__(
+        self,
+        model: BiPVLSeg,
+        task: Task,
+        sentences: Sentences | None,
+        flips: list[tuple[int, ...]],
+        keep_features: bool = False,
+    ) -> None:
         self.model, self.task, self.sentences, self.flips = model, task, sentences, flips
+        self.keep_features = keep_features
         self.channels = len(task.channels)
         self.windows = self.skipped = 0
         self.mass: Any = None  # of each class over all windows (C,)
         self.weights: Any = None
         self.cosine: Any = None
 
-    def __call__(self, patches: Tensor) -> Tensor:
-        """(B, channels, …), after the image's channels that of `content`, if there is one, to logits."""
+    def __call__(self, patches: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """(B, channels, …), after the image's channels that of `content`, if there is one, to logits, and to the
+        decoder's features if they are kept."""
         full = self._shown(patches)
         patches = patches[:, : self.channels]
         self.windows += len(patches)
@@ -103,9 +114,16 @@ class _Windows:
         logits[~full] = -CERTAIN
         if not self.task.overlapping:
             logits[~full, 0] = CERTAIN
+        features: Tensor | None = None
         if full.any():
-            logits[full] = self._run(patches[full])
-        return logits
+            output, logits[full] = self._run(patches[full])
+            features = output.features
+        if not self.keep_features:
+            return logits
+        kept = logits.new_zeros(len(patches), self.model.vision.feature_width, *patches.shape[2:])
+        if features is not None:
+            kept[full] = features.float()
+        return logits, kept
 
     def _shown(self, patches: Tensor) -> Tensor:
         """(B,) boolean: which windows show anything. One of a single constant value (air, or the zeros around a
@@ -114,7 +132,7 @@ class _Windows:
         varied = (flat.amax(-1) - flat.amin(-1))[:, : self.channels] > 0
         return varied.any(1) & (flat[:, self.channels :] > 0).any(-1).all(1)
 
-    def _run(self, patches: Tensor) -> Tensor:
+    def _run(self, patches: Tensor) -> tuple[Output, Tensor]:
         output = self.model(patches, self.sentences)
         logits = output.logits.float()
         for axes in self.flips:
@@ -122,7 +140,7 @@ class _Windows:
             logits = logits + flipped.logits.float().flip(axes)
         logits = logits / (1 + len(self.flips))
         self._collect(output, logits)
-        return logits
+        return output, logits
 
     def _collect(self, output: Output, logits: Tensor) -> None:
         p = logits.sigmoid() if self.task.overlapping else logits.softmax(1)[:, 1:]
@@ -164,6 +182,7 @@ def predict(
     sentences: Sentences | None = None,
     progress: Callable[[str], None] = logger.warning,
     half: bool | None = None,
+    keep_features: bool = False,
 ) -> Prediction:
     """Segment one preprocessed volume with sliding windows of the task's patch.
 
@@ -177,6 +196,7 @@ def predict(
         sentences: text in place of the task's own.
         progress: told when memory runs short and a smaller setting is tried.
         half: compute in bfloat16; default: on a GPU, not on a CPU. Stitching and probabilities stay in float32.
+        keep_features: also stitch the decoder's features, which take as much memory as `width` classes.
 
     Raises:
         ValueError: overlap out of range.
@@ -192,10 +212,10 @@ def predict(
     flips: list[tuple[int, ...]] = [(2 + AXES.index(a),) for a in task.augmentation.flip] if tta else []
     settings = [(window_batch, device), (1, device), (1, torch.device("cpu"))]
     for attempt, (batch, stitch) in enumerate(settings):
-        windows = _Windows(model, task, sentences, flips)
+        windows = _Windows(model, task, sentences, flips, keep_features)
         try:
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" if half is None else half):
-                logits = sliding_window_inference(
+                found = sliding_window_inference(
                     given[None],
                     task.patch,
                     batch,
@@ -213,6 +233,8 @@ def predict(
                 f"out of memory with {batch} windows at a time, stitched on {stitch}; trying {settings[attempt + 1]}"
             )
             torch.cuda.empty_cache()
+    logits, features = found if keep_features else (found, None)
+    features = None if features is None else features[0].half().cpu()
     probabilities = logits[0].float()  # in place and in parts: on a large volume each copy takes gigabytes
     for part in probabilities.split(PART, dim=1):
         part.copy_(part.sigmoid() if task.overlapping else part.softmax(0))
@@ -224,6 +246,7 @@ def predict(
             torch.zeros(rows[0], rows[0]),
             windows.windows,
             windows.skipped,
+            features,
         )
     mass = windows.mass.clamp_min(1e-12).cpu()
     return Prediction(
@@ -232,4 +255,5 @@ def predict(
         (windows.cosine.cpu() / mass).float(),
         windows.windows,
         windows.skipped,
+        features,
     )

@@ -32,6 +32,7 @@ class Output(NamedTuple):
     vision: (B, C, P), one vision vector per class in that space.
     weights: (B, C, K), w_k of Eq. (4), how much each concept carries its class.
     text: (B, C, P), T of Eq. (4), one text vector per class.
+    features: (B, width, H, W, D), of the decoder: what the head reads.
     """
 
     logits: Tensor
@@ -41,6 +42,7 @@ class Output(NamedTuple):
     vision: Tensor
     weights: Tensor
     text: Tensor
+    features: Tensor | None = None
 
 
 class BiPVLSeg(nn.Module):
@@ -100,7 +102,9 @@ class BiPVLSeg(nn.Module):
         seen = self.project_vision(vectors)
         weights = concept_weights(concepts, seen)
         text = aggregate_text(concepts, weights)
-        return Output(self.head(decoded[-1], text, apart), class_maps, concept_rows, concepts, seen, weights, text)
+        features = decoded[-1]
+        logits = self.head(features, text, apart)
+        return Output(logits, class_maps, concept_rows, concepts, seen, weights, text, features)
 
     def _read(self, sentences: Sentences | None, classes: int) -> tuple[TextStates, Tensor]:
         """The sentences, and what sets their classes apart."""

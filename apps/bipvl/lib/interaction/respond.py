@@ -1,0 +1,52 @@
+"""From a label map and the prompts of one class to the next label map: what a server and a robot user both call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from lib.interaction import boxes
+from lib.interaction.answer import Settings, answer
+from lib.interaction.boxes import Box
+from lib.interaction.memory import Change
+from lib.interaction.prompts import Prompts
+from lib.interaction.regions import put
+
+REACH = 27.0  # mm around prompts that an answer may change
+
+
+def respond(
+    labels: np.ndarray,
+    value: int,
+    image: np.ndarray,
+    spacing: Sequence[float],
+    prompts: Prompts,
+    settings: Settings,
+    margin: Callable[[Box], np.ndarray],
+    features: Callable[[Box], np.ndarray] | None = None,
+) -> tuple[np.ndarray, Change]:
+    """Answer the prompts of one class.
+
+    Args:
+        labels: (H, W, D), as it is before the prompts.
+        value: of the class.
+        image: (H, W, D), intensities.
+        spacing: mm per voxel.
+        prompts: at least one, in voxels of the image.
+        settings: of the answer.
+        margin: log odds of the class in a box.
+        features: of the decoder in a box, (width, …).
+
+    Returns:
+        The new map, and what changed.
+    """
+    box = boxes.around(prompts.all, REACH, spacing, labels.shape)
+    near = prompts.moved(boxes.corner(box))
+    before = labels[box]
+    mask = before == value
+    found = answer(margin(box), image[box], mask, spacing, near, settings, features(box) if features else None)
+    after = put(before, value, mask, found, near.inside)
+    result = labels.copy()
+    result[box] = after
+    return result, Change(box, before.copy(), after)

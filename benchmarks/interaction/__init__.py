@@ -1,0 +1,1 @@
+"""Robot users: how much each click and scribble is worth."""

@@ -1,0 +1,117 @@
+"""Robot users on labelled patients: what clicks and scribbles are worth.
+
+python -m benchmarks.interaction run CHECKPOINT --data FOLDER --method stamp --user precise
+python -m benchmarks.interaction tables
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from benchmarks import records
+from benchmarks.accuracy.__main__ import commit
+from benchmarks.accuracy.data import SHARES, SPLITS, Preprocessed, find_cases, split_cases
+from benchmarks.interaction.cases import Case, prepare
+from benchmarks.interaction.users import USERS, work
+from lib.interaction.answer import Settings
+from lib.interaction.evidence import Reach
+from lib.interaction.prompts import Prompts
+from lib.interaction.respond import respond
+from lib.model import checkpoints
+
+RESULTS = records.RESULTS / "interaction.jsonl"
+WORK = Path.home() / ".cache" / "bipvl-accuracy"
+AFTER = (0, 1, 3, 5, 10)
+METHODS: dict[str, Settings] = {
+    "default": Settings(),
+    "cut": Settings(reach=None, smooth=2.0),
+    "refit": Settings(reach=None, pull=0.1),
+    "stamp and cut": replace(Settings(), smooth=2.0),
+    "refit and cut": Settings(reach=None, pull=0.1, smooth=2.0),
+    "stamp and refit": replace(Settings(), pull=0.1),
+    "euclidean stamp": Settings(reach=Reach(intensity=0.0)),
+}
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+def answering(settings: Settings) -> Any:
+    """A way to answer without training, as `benchmarks.interaction.users.work` takes it."""
+
+    def answer(case: Case, label: str, value: int, labels: np.ndarray, prompts: Prompts) -> np.ndarray:
+        features = case.features_in if settings.pull else None
+        margin = case.margins[label]
+        given = (labels, value, case.image, case.spacing, prompts, settings)
+        return respond(*given, lambda box: margin.on(case.meta, box), features)[0]
+
+    return answer
+
+
+def summary(works: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Means over classes and cases."""
+    found = list(works)
+    dices = np.array([w["dice"] for w in found])
+    gains = np.diff(dices, axis=1)
+    result: dict[str, Any] = {f"dice@{n}": round(float(dices[:, n].mean()), 4) for n in AFTER if n < dices.shape[1]}
+    for goal in (0.85, 0.90):
+        reached = dices >= goal
+        first = np.where(reached.any(1), reached.argmax(1), dices.shape[1] - 1)
+        result[f"noc@{goal:.2f}"] = round(float(first.mean()), 2)
+        result[f"failed@{goal:.2f}"] = int((~reached.any(1)).sum())
+    seconds = np.concatenate([w["seconds"] for w in found]) if any(w["seconds"] for w in found) else np.zeros(1)
+    return {
+        **result,
+        "auc": round(float(dices.mean(1).mean()), 4),
+        "worst mean step": round(float(gains.mean(0).min()), 4),
+        "seconds": {"median": round(float(np.median(seconds)), 3), "p95": round(float(np.quantile(seconds, 0.95)), 3)},
+        "outside": int(sum(w["outside"] for w in found)),
+        "disobeyed": int(sum(w["disobeyed"] for w in found)),
+        "classes": len(found),
+    }
+
+
+@app.command("run")
+def run_command(
+    checkpoint: Annotated[Path, typer.Argument(help="of an accuracy run, or a published version")],
+    data: Annotated[Path, typer.Option(help="folder of the data set")],
+    method: Annotated[list[str] | None, typer.Option(help="default: all")] = None,
+    user: Annotated[list[str] | None, typer.Option(help="default: all")] = None,
+    on: Annotated[str, typer.Option(help="test, or validation while settings are being chosen")] = "validation",
+    interactions: int = 10,
+    cases: Annotated[int, typer.Option(help="first so many patients; 0: all")] = 0,
+    field: Annotated[tuple[float, float] | None, typer.Option(help="mm around the centre, as in training")] = None,
+    results: Path = RESULTS,
+    work_folder: Annotated[Path, typer.Option("--work")] = WORK,
+) -> None:
+    """Let robot users correct every class of every case."""
+    model, task = checkpoints.restore_model(checkpoints.load(checkpoint), checkpoint)
+    split = split_cases(find_cases(data), shares=SPLITS.get(task.name, SHARES))
+    chosen = {"test": split.test, "validation": split.validation}[on]
+    patients = list(dict.fromkeys(case["patient"] for case in chosen))[: cases or None]
+    firsts = {case["patient"]: case for case in reversed(chosen) if case["patient"] in patients}
+    listed = [firsts[patient] for patient in patients]
+    prepared = list(prepare(model, task, listed, Preprocessed(task, listed, work_folder / "volumes", field)))
+    for name in method or METHODS:
+        for who in user or USERS:
+            answer = answering(METHODS[name])
+            works = [
+                work(case, label, value, who, answer, interactions)
+                for case in prepared
+                for label, value in task.label_values.items()
+            ]
+            found = summary(works)
+            print(json.dumps({"method": name, "user": who, **found}), flush=True)
+            run = {"name": f"{task.name} {checkpoint.stem} {on} {name} {who}", "task": task.name, "method": name}
+            run |= {"user": who, "on": on, "patients": patients, "commit": commit(), "summary": found}
+            records.put(results, run)
+
+
+if __name__ == "__main__":
+    app()
