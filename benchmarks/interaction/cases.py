@@ -21,7 +21,11 @@ from lib.volumes.transforms import restore, restore_box
 
 @dataclass(frozen=True)
 class Case:
-    """image, truth, labels: (H, W, D) on the grid of the file. features: (width, h, w, d) on the network's grid."""
+    """What a session has, and the truth.
+
+    image: (channels, H, W, D); truth, labels: (H, W, D), all on the grid of the file. features: (width, h, w, d) on
+    the network's grid.
+    """
 
     name: str
     image: np.ndarray
@@ -51,7 +55,7 @@ def prepare(model: BiPVLSeg, task: Task, cases: Sequence[dict[str, str]], volume
             truth[np.isin(given.numpy()[0].round(), values)] = value
         yield Case(
             case["id"],
-            image.numpy()[0],
+            image.numpy(),
             truth,
             restore(found.probabilities, data["image"], task),
             tuple(np.linalg.norm(image.affine.numpy()[:3, :3], axis=0).tolist()),

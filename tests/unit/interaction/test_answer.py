@@ -59,7 +59,7 @@ def scene() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     shape = (40, 20, 20)
     left, right = ball(shape, (10, 10, 10), 5), ball(shape, (29, 10, 10), 5)
     image = np.where(left | right, 1.0, 0.0) + np.random.default_rng(0).normal(0, 0.05, shape)
-    return np.where(left, 4.0, -2.0).astype(np.float32), image, left
+    return np.where(left, 4.0, -2.0).astype(np.float32), image[None], left
 
 
 WAYS = {
@@ -74,8 +74,8 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_one_click_each_way_is_obeyed_and_nothing_else_moves(way: str) -> None:
     margin, image, mask = scene()
-    features = np.stack([image, np.linspace(0, 1, image.size).reshape(image.shape)])
-    prompts = Prompts.of_points([[29, 10, 10]], [[10, 10, 10]], image.shape)
+    features = np.concatenate([image, np.linspace(0, 1, image.size).reshape(image.shape)])
+    prompts = Prompts.of_points([[29, 10, 10]], [[10, 10, 10]], image.shape[1:])
     found = answer(margin, image, mask, SPACING, prompts, WAYS[way], features)
     assert found[29, 10, 10] and not found[10, 10, 10]
     again = answer(margin, image, mask, SPACING, prompts, WAYS[way], features)
@@ -84,22 +84,22 @@ def test_one_click_each_way_is_obeyed_and_nothing_else_moves(way: str) -> None:
 
 def test_a_stamp_takes_the_ball_that_was_clicked_and_stops_at_its_edge() -> None:
     margin, image, mask = scene()
-    right = ball(image.shape, (29, 10, 10), 5)
-    prompts = Prompts.of_points([[29, 10, 10]], [], image.shape)
-    found = answer(margin, image, mask, SPACING, prompts, Settings(reach=Reach(9.0, 2.0, 8.0)))
+    right = ball(image.shape[1:], (29, 10, 10), 5)
+    prompts = Prompts.of_points([[29, 10, 10]], [], image.shape[1:])
+    found = answer(margin, image, mask, SPACING, prompts, Settings(reach=Reach(9.0, 6.0, 8.0)))
     assert np.array_equal(found & ~right, mask)
     assert (found & right).sum() / right.sum() > 0.95
 
 
 def test_a_refit_takes_all_that_looks_alike_near_the_click() -> None:
     margin, image, mask = scene()
-    right = ball(image.shape, (29, 10, 10), 5)
-    prompts = Prompts.of_points([[29, 10, 10]], [], image.shape)
-    found = answer(margin, image, mask, SPACING, prompts, Settings(reach=None, pull=0.01), image[None])
+    right = ball(image.shape[1:], (29, 10, 10), 5)
+    prompts = Prompts.of_points([[29, 10, 10]], [], image.shape[1:])
+    found = answer(margin, image, mask, SPACING, prompts, Settings(reach=None, pull=0.01), image)
     assert (found & right).sum() / right.sum() > 0.9 and not (found & ~right & ~mask).any()
 
 
 def test_a_click_on_what_is_already_right_changes_nothing() -> None:
     margin, image, mask = scene()
-    prompts = Prompts.of_points([[10, 10, 10]], [[20, 10, 10]], image.shape)
+    prompts = Prompts.of_points([[10, 10, 10]], [[20, 10, 10]], image.shape[1:])
     assert np.array_equal(answer(margin, image, mask, SPACING, prompts, Settings(reach=Reach(3.0, 2.0, 1.0))), mask)

@@ -52,7 +52,7 @@ def test_the_sloppy_user_misses_but_stays_in_the_error() -> None:
         away = np.linalg.norm(found.points[0][:2] - [9, 9])
         assert 1.5 <= away <= 6.0
         places.add(tuple(found.points[0]))
-    assert len(places) > 10
+    assert len(places) >= 8
 
 
 def test_a_scribble_is_a_line_of_one_kind_in_one_slice() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from scipy import ndimage
 
 from lib.interaction.cut import graph_cut
-from lib.interaction.evidence import Reach, evidence, scale_of
+from lib.interaction.evidence import Reach, evidence, scaled
 from lib.interaction.prompts import Prompts
 from lib.interaction.refit import refit
 from lib.interaction.regions import obey
@@ -59,7 +59,7 @@ def answer(
 
     Args:
         margin: (h, w, d), log odds of the class against its best rival, from the model.
-        image: (h, w, d), intensities.
+        image: (channels, h, w, d), intensities.
         mask: (h, w, d) boolean, as it is before any of the prompts.
         spacing: mm per voxel.
         prompts: at least one.
@@ -70,15 +70,15 @@ def answer(
         (h, w, d) boolean. Every prompted voxel is as prompted; other voxels change only in parts that hang together
         with a prompt of their kind.
     """
-    scaled = (image - image.mean()) / scale_of(image)
+    seen = scaled(image)
     base = respect(margin, mask, settings.drawn)
     changed = base
     if settings.pull and features is not None:
         changed = changed + _refitted(base, features, mask, spacing, prompts, settings)
     if settings.reach is not None:
-        changed = changed + evidence(scaled, spacing, prompts.inside, prompts.outside, settings.reach)
+        changed = changed + evidence(seen, spacing, prompts.inside, prompts.outside, settings.reach)
     if settings.smooth:
-        wanted = graph_cut(scaled, changed, prompts.inside, prompts.outside, settings.smooth, settings.spread)
+        wanted = graph_cut(seen.mean(0), changed, prompts.inside, prompts.outside, settings.smooth, settings.spread)
     else:
         wanted = changed > 0
     return obey(mask, wanted, prompts.inside, prompts.outside)

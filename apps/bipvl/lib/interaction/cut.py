@@ -29,4 +29,4 @@ def graph_cut(
     seeds[1][tuple(inside.T)] = 1
     given = np.ascontiguousarray(image[None], np.float32)
     cut = numpymaxflow.maxflow_interactive(given, np.stack([1 - p, p]), seeds, smooth, spread, connectivity=6)
-    return np.asarray(cut[0]) > 0.5
+    return np.asarray(cut) > 0.5

@@ -26,31 +26,34 @@ class Reach:
     gain: float = 6.0
 
 
-def scale_of(image: np.ndarray) -> float:
-    """The spread of intensities that differences are measured by: the standard deviation of the volume."""
-    return max(float(image.std()), LEAST_SPREAD)
+def scaled(image: np.ndarray) -> np.ndarray:
+    """Intensities (channels, h, w, d) as standard deviations from each channel's mean."""
+    flat = image.reshape(len(image), -1).astype(np.float32)
+    spread = np.maximum(flat.std(1, keepdims=True), LEAST_SPREAD)
+    return ((flat - flat.mean(1, keepdims=True)) / spread).reshape(image.shape)
 
 
 def path_lengths(image: np.ndarray, spacing: Sequence[float], points: np.ndarray, weight: float) -> np.ndarray:
     """The geodesic distance of each voxel from the nearest of some voxels, (h, w, d) float32, in mm.
 
-    A way through tissue that differs from the clicked voxels by x standard deviations is (1 + weight * x) times as
-    long. Without points it is infinite everywhere.
+    A way through tissue that differs from the clicked voxels by x standard deviations, in the mean of the channels, is
+    (1 + weight * x) times as long. Without points it is infinite everywhere.
 
     Source: geodesic distance on images, Criminisi, Sharp, Blake: "GeoS", ECCV 2008.
 
     Args:
-        image: (h, w, d), the intensities in standard deviations.
+        image: (channels, h, w, d), the intensities in standard deviations.
         points: (n, 3) voxels within the image.
     """
+    shape = image.shape[1:]
     if not len(points):
-        return np.full(image.shape, np.inf, np.float32)
+        return np.full(shape, np.inf, np.float32)
     # What the clicked tissue looks like: the nearest click decides where several are given.
-    away = np.ones(image.shape, bool)
+    away = np.ones(shape, bool)
     away[tuple(points.T)] = False
     nearest = ndimage.distance_transform_edt(away, sampling=spacing, return_distances=False, return_indices=True)
-    smooth = ndimage.median_filter(image, size=(3, 3, 1))
-    cost = 1 + weight * np.abs(smooth - smooth[tuple(nearest)])
+    smooth = ndimage.median_filter(image, size=(1, 3, 3, 1))
+    cost = 1 + weight * np.abs(smooth - smooth[(slice(None), *nearest)]).mean(0)
     lengths, _ = MCP_Geometric(cost, sampling=tuple(spacing)).find_costs([tuple(p) for p in points])
     return lengths.astype(np.float32)
 

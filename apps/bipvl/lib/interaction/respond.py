@@ -31,7 +31,7 @@ def respond(
     Args:
         labels: (H, W, D), as it is before the prompts.
         value: of the class.
-        image: (H, W, D), intensities.
+        image: (channels, H, W, D), intensities.
         spacing: mm per voxel.
         prompts: at least one, in voxels of the image.
         settings: of the answer.
@@ -45,7 +45,9 @@ def respond(
     near = prompts.moved(boxes.corner(box))
     before = labels[box]
     mask = before == value
-    found = answer(margin(box), image[box], mask, spacing, near, settings, features(box) if features else None)
+    found = answer(
+        margin(box), image[(slice(None), *box)], mask, spacing, near, settings, features(box) if features else None
+    )
     after = put(before, value, mask, found, near.inside)
     result = labels.copy()
     result[box] = after
