@@ -88,7 +88,7 @@ def test_a_stamp_takes_the_ball_that_was_clicked_and_stops_at_its_edge() -> None
     prompts = Prompts.of_points([[29, 10, 10]], [], image.shape[1:])
     found = answer(margin, image, mask, SPACING, prompts, Settings(reach=Reach(9.0, 6.0, 8.0)))
     assert np.array_equal(found & ~right, mask)
-    assert (found & right).sum() / right.sum() > 0.95
+    assert (found & right).sum() / right.sum() > 0.9
 
 
 def test_a_refit_takes_all_that_looks_alike_near_the_click() -> None:

@@ -21,6 +21,7 @@ ORDER = (
     ("lib.infers", "lib.trainers"),
     ("lib.model",),
     ("lib.stores",),
+    ("lib.interaction",),
     ("lib.volumes",),
     ("lib.tasks",),
     ("lib.options",),

@@ -19,10 +19,13 @@ from lib.app.web.common import known_image
 from lib.app.web.install import install
 from lib.app.web.sessions import Sessions
 from lib.files import FINAL, ORIGINAL
-from lib.infers import BatchInfer, BiPVLInfer
+from lib.infers import BatchInfer, BiPVLInfer, InteractiveInfer
+from lib.infers.interactive import ClickInfer, Images, Interaction, ScribbleInfer, Work
+from lib.interaction.memory import Memory
 from lib.model.allocator import keep_freed_memory
 from lib.model.checkpoints import CheckpointError
 from lib.model.shipped import start_from_shipped
+from lib.options import boolean
 from lib.scoring import CaseScoring, scoring_methods
 from lib.scoring.background import METHOD, Background
 from lib.scoring.methods import SERVER
@@ -44,7 +47,7 @@ keep_freed_memory()  # of the server, of its training process and of the command
 VERSION = "0.1.0"
 DEFAULT_TASK = "quickstart"
 TASK_KEYS = ("patch", "spacing", "overlap")
-APP_KEYS = ("models", "config", "model_dir", "lease_minutes", "score_cases", "server_mode")
+APP_KEYS = ("models", "config", "model_dir", "lease_minutes", "score_cases", "interaction", "server_mode")
 SCORED_CASES = 200
 NICENESS = 10  # of a process that scores
 
@@ -56,6 +59,7 @@ class BiPVLApp(MONAILabelApp):
     `--conf model.feature_size 12` changes one value of every selected task. Without either, `quickstart` is served.
     `--conf lease_minutes 60` is how long a case that one annotator was offered is not offered to others; 0: not at all.
     `--conf score_cases 200` is how many unlabelled cases are scored in the background; 0: none.
+    `--conf interaction false` offers neither clicks nor scribbles.
 
     Raises:
         lib.tasks.TaskError: at start-up, for an unknown task or a file that cannot be used.
@@ -67,6 +71,7 @@ class BiPVLApp(MONAILabelApp):
         self.model_dir = Path(conf.get("model_dir") or Path(app_dir) / "model")
         self.leases = Leases(self.model_dir / "leases.json", conf.get("lease_minutes", DEFAULT_MINUTES))
         self.score_cases = _score_cases(conf)
+        self.interactive = _interactive(conf)
         self.turns = Turns(self.model_dir / "requests.lock")
         self.batch = BatchInfer(self.model_dir / "batch_infer.json")
         self.background: Background | None = None  # of a server only
@@ -84,7 +89,12 @@ class BiPVLApp(MONAILabelApp):
     @property
     def models(self) -> Mapping[str, BiPVLInfer]:
         """Inference by name of the task."""
-        return upstream.models(self)
+        return {name: task for name, task in upstream.models(self).items() if isinstance(task, BiPVLInfer)}
+
+    @property
+    def interactions(self) -> Mapping[str, InteractiveInfer]:
+        """Clicks and scribbles, by the name that clients send them to."""
+        return {name: task for name, task in upstream.models(self).items() if isinstance(task, InteractiveInfer)}
 
     @property
     def trainers(self) -> Mapping[str, BiPVLTrain]:
@@ -132,8 +142,15 @@ class BiPVLApp(MONAILabelApp):
         folder = settings.MONAI_LABEL_SESSION_PATH.strip() or Path.home() / ".cache" / "monailabel" / "sessions"
         return Sessions(Path(folder), settings.MONAI_LABEL_SESSION_EXPIRY) if load else None
 
-    def init_infers(self) -> dict[str, BiPVLInfer]:
-        return {name: BiPVLInfer(task, self.model_dir / name) for name, task in self.tasks.items()}
+    def init_infers(self) -> dict[str, BiPVLInfer | InteractiveInfer]:
+        engines = {name: BiPVLInfer(task, self.model_dir / name) for name, task in self.tasks.items()}
+        found: dict[str, BiPVLInfer | InteractiveInfer] = dict(engines)
+        memory, images = Memory(), Images()
+        for name, engine in engines.items() if self.interactive else ():
+            # An underscore cannot be in the name of a task.
+            shared = Interaction(engine, memory, images)
+            found |= {f"{name}_{kind.SUFFIX}": kind(shared) for kind in (ClickInfer, ScribbleInfer)}
+        return found
 
     def init_trainers(self) -> dict[str, BiPVLTrain]:
         return {name: BiPVLTrain(task, self.model_dir / name) for name, task in self.tasks.items()}
@@ -185,11 +202,18 @@ class BiPVLApp(MONAILabelApp):
         if self.datastore().get_label_by_image_id(image_id, FINAL):
             self.leases.release(image_id)
 
-    def infer(self, request: dict[str, Any], datastore: Store | None = None) -> dict[str, Any]:
-        """Segment an image of the datastore, never another file. What a user got wrong is an answer that says so."""
+    def infer(
+        self, request: dict[str, Any], datastore: Store | None = None, person: str | None = None
+    ) -> dict[str, Any]:
+        """Segment an image of the datastore, never another file. What a user got wrong is an answer that says so.
+
+        Args:
+            person: who gets the mask, and may go on with clicks.
+        """
         store = datastore or self.datastore()
         image = known_image(store, str(request.get("image")))
-        result = self.infer_file(request, Path(store.get_image_uri(image)))
+        path = Path(store.get_image_uri(image))
+        result = self.infer_file(request, path, None if person is None else Work(person, image, path))
         params, mask = result["params"], Path(result["file"])
         try:
             store.propose(image, request["model"], params["model_version"], mask)
@@ -220,20 +244,50 @@ class BiPVLApp(MONAILabelApp):
         finally:
             Path(file).unlink(missing_ok=True)
 
-    def infer_file(self, request: dict[str, Any], path: Path) -> dict[str, Any]:
+    def infer_file(self, request: dict[str, Any], path: Path, work: Work | None = None) -> dict[str, Any]:
         """Segment a file or a DICOM folder that is not in the datastore. The caller removes the result's `file` and
         what its `uncertainty_map` names."""
         model = str(request.get("model"))
         if model not in self.models:
             raise HTTPException(404, f"unknown model {model!r}; valid are {', '.join(self.models)}")
+        clicks = self.interactions.get(f"{model}_{ClickInfer.SUFFIX}")
+        made = partial(clicks.interaction.remember, work) if clicks and work else None
         try:
             with self.turns.request():
-                file, params = self.models[model]({**request, "image": str(path)})
+                file, params = self.models[model]({**request, "image": str(path)}, made=made)
         except CheckpointError:
             raise  # it says whose fault it is
         except ValueError as error:
             raise HTTPException(400, str(error)) from error
         return {"label": file, "file": file, "tag": ORIGINAL, "params": params}
+
+    def interact(self, request: dict[str, Any], work: Work) -> dict[str, Any]:
+        """Answer a person's clicks or scribbles. The caller removes the result's `file`."""
+        task = self.interactions[str(request.get("model"))]
+        try:
+            with self.turns.request():
+                file, params = task.respond(request, work)
+        except CheckpointError:
+            raise
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from error
+        return {"label": str(file), "file": str(file), "tag": ORIGINAL, "params": params}
+
+    def work(self, person: str, image: str) -> Work:
+        """What a person works on, with the label that was submitted last."""
+        store = self.datastore()
+        label = store.get_label_by_image_id(image, FINAL)
+        uri = store.get_label_uri(label, FINAL) if label else ""
+        return Work(person, image, Path(store.get_image_uri(image)), Path(uri) if uri else None)
+
+    def submitted(self, person: str, image: str) -> None:
+        """A person's label is saved: their clicks go on from it."""
+        for task in self.interactions.values():
+            if isinstance(task, ClickInfer):
+                try:
+                    task.interaction.submitted(self.work(person, image))
+                except ValueError as error:  # a label of another task
+                    logger.info("%s: clicks do not go on from the submitted label: %s", image, error)
 
 
 def _check_keys(conf: dict[str, str]) -> None:
@@ -254,6 +308,13 @@ def _score_cases(conf: dict[str, str]) -> int:
     if number < 0:
         raise TaskError(f"--conf score_cases {given}: expected a number of cases, 0 for none")
     return number
+
+
+def _interactive(conf: dict[str, str]) -> bool:
+    try:
+        return boolean("--conf interaction", conf.get("interaction", True))
+    except ValueError as error:
+        raise TaskError(str(error)) from None
 
 
 def _select(conf: dict[str, str]) -> dict[str, Task]:

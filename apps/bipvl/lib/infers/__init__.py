@@ -2,5 +2,6 @@
 
 from lib.infers.batch import BatchInfer
 from lib.infers.bipvl import BiPVLInfer
+from lib.infers.interactive import InteractiveInfer
 
-__all__ = ["BatchInfer", "BiPVLInfer"]
+__all__ = ["BatchInfer", "BiPVLInfer", "InteractiveInfer"]

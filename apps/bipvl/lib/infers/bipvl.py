@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lib.infers.models import Loaded, Models
 from lib.infers.options import Options, infer_options
-from lib.infers.segmentation import Segmentation, label_info
+from lib.infers.segmentation import Made, Segmentation, label_info
 from lib.model.nets import BiPVLSeg
+from lib.model.predict import Prediction, predict
 from lib.model.versions import Versions
 from lib.options import OptionTable
 from lib.tasks import Task, TaskError
 from lib.tasks.revisions import newest_text
 from lib.upstream import InferInterface, InferType, device_list, name_to_device
+from lib.volumes.transforms import apply, load, restore
 
 
 class BiPVLInfer(InferInterface):
@@ -62,8 +67,13 @@ class BiPVLInfer(InferInterface):
 
     # The request --------------------------------------------------------------------------------------------------
 
-    def __call__(self, request: dict[str, Any], callbacks: dict | None = None) -> tuple[str | None, dict[str, Any]]:
+    def __call__(
+        self, request: dict[str, Any], callbacks: dict | None = None, made: Made | None = None
+    ) -> tuple[str | None, dict[str, Any]]:
         """Run one request.
+
+        Args:
+            made: hears of the mask and of what it was made from.
 
         Raises:
             ValueError: an option or an image that cannot be used; the message says what and what is valid.
@@ -85,7 +95,21 @@ class BiPVLInfer(InferInterface):
         if task.model.head == "text" and task.training.drop_classes > 0:
             task = task.only(options.classes)
         warnings = [*loaded.warnings, *self._other_text(loaded)]
-        return Segmentation(options, loaded, task, self.task, warnings)(chosen, callbacks)
+        return Segmentation(options, loaded, task, self.task, warnings, made)(chosen, callbacks)
+
+    def predict(
+        self, path: Path, version: int | None, device: str
+    ) -> tuple[Loaded, Prediction, Mapping[str, Any], np.ndarray]:
+        """Segment a file with a version, None for the served one, with all defaults: what answers, what it found, where
+        that lies (`lib.volumes.transforms.restore`) and the mask (H, W, D) on the grid of the file.
+
+        Raises:
+            ValueError, CheckpointError: as a request.
+        """
+        loaded = self.models.get(version, name_to_device(device))
+        data = apply(load(loaded.task, label=False), {"image": str(path)})
+        prediction = predict(loaded.model, data["image"], loaded.task)
+        return loaded, prediction, data["image"].meta, restore(prediction.probabilities, data["image"], loaded.task)
 
     def _other_text(self, loaded: Loaded) -> list[str]:
         """A warning if the next round will read sentences other than this version's."""

@@ -93,6 +93,36 @@ class _Entries(Option):
         return value
 
 
+@dataclass(frozen=True)
+class _Points(Option):
+    """A list of voxels, checked against the image where it is known (`lib.interaction.prompts`)."""
+
+    @property
+    def valid(self) -> str:
+        return "list of [i, j, k]"
+
+    def read(self, value: Any) -> list[Any] | None:
+        if value is not None and not isinstance(value, list):
+            raise ValueError(f"{self.name}: expected a list of [i, j, k], got {type(value).__name__}")
+        return value
+
+
+@dataclass(frozen=True)
+class _Label(Option):
+    """A label of the task."""
+
+    labels: tuple[str, ...] = ()
+
+    @property
+    def valid(self) -> str:
+        return "name of a label"
+
+    def convert(self, value: Any) -> str:
+        if not (label := meant(str(value), self.labels)):
+            raise ValueError(f"{self.name}: unknown label {str(value)!r}; valid are {', '.join(self.labels)}")
+        return label
+
+
 def infer_options(task: Task, published: Versions | None) -> OptionTable:
     """The table of `POST /infer/<task>`.
 
@@ -115,7 +145,16 @@ def infer_options(task: Task, published: Versions | None) -> OptionTable:
         Switch("largest_component", False, "keep only the largest piece of each label"),
         Switch("uncertainty_map", False, "also keep the entropy of each voxel as a volume"),
         _Sentences("concepts", "", "other sentences for this request", said="the version's"),
-        # Of the answer; 3D Slicer and OHIF set them by themselves.
+        *_answer_options(),
+        Switch("save_label", False, "keep the mask as a label of the image", shown=False),
+        Text("label_tag", ORIGINAL, "the tag of that label", shown=False),
+        _Entries("label_info", None, "no effect; 3D Slicer sends it", said="none", shown=False),
+    )
+
+
+def _answer_options() -> tuple[Option, ...]:
+    """Of an answer; 3D Slicer and OHIF set them by themselves."""
+    return (
         Choice(
             "result_extension",
             RESULT_SUFFIXES[0],
@@ -125,9 +164,50 @@ def infer_options(task: Task, published: Versions | None) -> OptionTable:
             choices=RESULT_SUFFIXES,
         ),
         Switch("result_compress", False, "no effect; 3D Slicer sends it", shown=False),
-        Switch("save_label", False, "keep the mask as a label of the image", shown=False),
-        Text("label_tag", ORIGINAL, "the tag of that label", shown=False),
-        _Entries("label_info", None, "no effect; 3D Slicer sends it", said="none", shown=False),
+    )
+
+
+def click_options(task: Task) -> OptionTable:
+    """The table of `POST /infer/<task>_clicks`: points, as 3D Slicer sends them with each click."""
+    return OptionTable(
+        Device("device", device_list()[0], "where to run", said="the first GPU, else the CPU"),
+        _Label(
+            "label",
+            None,
+            "what the points are about",
+            said="none: it must be sent",
+            shown=False,
+            labels=tuple(task.labels),
+        ),
+        _Points(
+            "foreground", [], "voxels that belong to the label, all that were clicked so far", said="none", shown=False
+        ),
+        _Points("background", [], "voxels that do not", said="none", shown=False),
+        Switch("reset_state", False, "forget the mask that the server keeps, and start from the model's", shown=False),
+        *_answer_options(),
+    )
+
+
+def scribble_options(task: Task) -> OptionTable:
+    """The table of `POST /infer/<task>_scribbles`: a label map of all segments comes with it."""
+    return OptionTable(
+        Device("device", device_list()[0], "where to run", said="the first GPU, else the CPU"),
+        _Label(
+            "selected_label_name",
+            None,
+            "what the strokes are about",
+            said="none: it must be sent",
+            shown=False,
+            labels=tuple(task.labels),
+        ),
+        _Entries(
+            "label_info",
+            None,
+            "`name` and `id` of each value of the label map",
+            said="none: it must be sent",
+            shown=False,
+        ),
+        *_answer_options(),
     )
 
 

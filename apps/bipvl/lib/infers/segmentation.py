@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -21,6 +22,10 @@ from lib.volumes.transforms import largest_components, load, restore, restore_ma
 GPU_WINDOWS = 4  # windows per forward pass on a GPU; on a CPU batching windows gains nothing
 
 
+# Version, task, prediction, where it lies, the mask: for who keeps them for clicks.
+Made = Callable[[int, Task, Prediction, Mapping[str, Any], np.ndarray], None]
+
+
 class Segmentation(InferTask):
     """What the steps of one request share; MONAI Label calls them in the order in which they stand here.
 
@@ -30,12 +35,21 @@ class Segmentation(InferTask):
         task: what it is asked for: its classes, and the sentences it reads.
         served: the server's task, whose labels clients know.
         warnings: for the answer.
+        made: hears of the mask and of what it was made from.
     """
 
-    def __init__(self, options: Options, loaded: Loaded, task: Task, served: Task, warnings: list[str]) -> None:
+    def __init__(
+        self,
+        options: Options,
+        loaded: Loaded,
+        task: Task,
+        served: Task,
+        warnings: list[str],
+        made: Made | None = None,
+    ) -> None:
         super().__init__(None, None, InferType.SEGMENTATION, served.label_values, 3, served.description)
         self.options, self.version, self.model = options, loaded.version, loaded.model
-        self.task, self.served, self.warnings = task, served, warnings
+        self.task, self.served, self.warnings, self.made = task, served, warnings, made
 
     def pre_transforms(self, data: dict[str, Any]) -> list:
         return load(self.task, label=False)
@@ -69,6 +83,8 @@ class Segmentation(InferTask):
         data["result"] = self._result(prediction, mask)
         if options.uncertainty_map:
             data["uncertainty"] = restore_map(prediction.entropy(), data["image"])
+        if self.made is not None:
+            self.made(self.version, task, prediction, data["image"].meta, mask)
         data["pred"] = mask
         data["pred_meta_dict"] = {"affine": np.asarray(data["image"].meta["original_affine"])}
         return data

@@ -53,7 +53,7 @@ def path_lengths(image: np.ndarray, spacing: Sequence[float], points: np.ndarray
     away[tuple(points.T)] = False
     nearest = ndimage.distance_transform_edt(away, sampling=spacing, return_distances=False, return_indices=True)
     smooth = ndimage.median_filter(image, size=(1, 3, 3, 1))
-    cost = 1 + weight * np.abs(smooth - smooth[(slice(None), *nearest)]).mean(0)
+    cost = 1 + weight * np.abs(smooth - smooth[:, nearest[0], nearest[1], nearest[2]]).mean(0)
     lengths, _ = MCP_Geometric(cost, sampling=tuple(spacing)).find_costs([tuple(p) for p in points])
     return lengths.astype(np.float32)
 

@@ -15,10 +15,14 @@ from scipy import ndimage
 
 from lib.interaction.boxes import Box
 from lib.interaction.margins import Margin
+from lib.interaction.prompts import Prompts
 
 SESSION_BYTES = 256 * 2**20  # of one session at most: one that needs more is refused
 BYTES = 2**30  # of all sessions together: the least recently used are forgotten first
 SECONDS = 8 * 3600.0  # without use, after which one is forgotten
+
+
+Point = tuple[bool, int, int, int]  # whether it belongs to the label; its voxel
 
 
 class Key(NamedTuple):
@@ -62,6 +66,9 @@ class Session:
     meta: `affine` of the network's grid, `original_affine`, `spatial_shape`.
     margins: of each label.
     origin: where its mask came from, for the answer.
+    changes: what the present clicks on each label changed.
+    points: the present clicks on each label; done: those from before the map was drawn, which it has obeyed already
+        though clients go on sending them.
     """
 
     version: int
@@ -70,6 +77,8 @@ class Session:
     labels: Kept
     origin: str
     changes: dict[str, Change] = field(default_factory=dict)
+    points: dict[str, set[Point]] = field(default_factory=dict)
+    done: dict[str, set[Point]] = field(default_factory=dict)
     lock: threading.RLock = field(default_factory=threading.RLock)
     used: float = field(default_factory=time.monotonic)
 
@@ -90,11 +99,28 @@ class Session:
         """Take over a map that somebody drew: clicks from before count as done."""
         self.labels, self.origin = Kept(labels), origin
         self.changes.clear()
+        for label, points in self.points.items():
+            self.done.setdefault(label, set()).update(points)
+        self.points.clear()
 
-    def change(self, label: str, labels: np.ndarray, change: Change) -> None:
-        """Take over the answer to the clicks on one label."""
+    def change(self, label: str, labels: np.ndarray, change: Change | None) -> None:
+        """Take over the answer to the clicks on one label; without a change, they were all taken back."""
         self.labels = Kept(labels)
-        self.changes[label] = change
+        if change:
+            self.changes[label] = change
+        else:
+            self.changes.pop(label, None)
+
+    def fresh(self, label: str, prompts: Prompts) -> Prompts:
+        """Those of a label's prompts that no drawn map has obeyed already; remembers all of them."""
+        kinds = ((True, prompts.inside), (False, prompts.outside))
+        given = {(kind, *point): point for kind, points in kinds for point in points.tolist()}
+        self.points[label] = set(given)  # type: ignore[arg-type]
+        new = [key for key in given if key not in self.done.get(label, ())]
+        inside, outside = (
+            np.array([given[key] for key in new if key[0] is kind], np.int64).reshape(-1, 3) for kind in (True, False)
+        )
+        return Prompts(inside, outside)
 
 
 class Memory:

@@ -46,7 +46,13 @@ def respond(
     before = labels[box]
     mask = before == value
     found = answer(
-        margin(box), image[(slice(None), *box)], mask, spacing, near, settings, features(box) if features else None
+        margin(box),
+        image[:, box[0], box[1], box[2]],
+        mask,
+        spacing,
+        near,
+        settings,
+        features(box) if features else None,
     )
     after = put(before, value, mask, found, near.inside)
     result = labels.copy()

@@ -301,7 +301,7 @@ def restore_box(values: Tensor, meta: Mapping[str, Any], box: tuple[slice, slice
     moved[:3, 3] += network[:3, :3] @ low.double()
     resample = SpatialResample(mode="bilinear", padding_mode="border", align_corners=False, dtype=np.float32)
     found = resample(MetaTensor(part, affine=moved), dst_affine=affine, spatial_size=size)
-    return np.asarray(found.as_tensor().numpy(), np.float32)
+    return np.asarray(found, np.float32)
 
 
 def _resampled(

@@ -16,7 +16,7 @@ from lib.tasks import Task, TaskError, folded, meant
 from lib.tasks.names import BACKGROUND
 from lib.volumes.reading import MAX_VALUE, rounded
 
-VALUE_KEYS = ("idx", "value", "labelID")
+VALUE_KEYS = ("idx", "value", "labelID", "id")
 
 
 def label_of(name: str, task: Task) -> str | None:

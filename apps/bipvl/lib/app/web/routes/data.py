@@ -10,13 +10,13 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, File, Form, HTTPException, Query, Response, UploadFile
+from fastapi import APIRouter, Depends, File, Form, HTTPException, Query, Request, Response, UploadFile
 from fastapi.responses import FileResponse
 from starlette.background import BackgroundTask
 
 from lib.app.web import uploads
 from lib.app.web.access.accounts import User
-from lib.app.web.common import ERRORS, Services, checked, current_user, json_object, known_image
+from lib.app.web.common import ERRORS, Services, checked, current_user, json_object, known_image, person
 from lib.files import FINAL
 from lib.upstream import file_checksum
 
@@ -96,6 +96,7 @@ def datastore_routes(services: Services) -> APIRouter:
     @routes.put("/label", summary="Save a label")
     def save_label(
         user: Asker,
+        asked: Request,
         image: str,
         label: Annotated[UploadFile, File()],
         tag: str = FINAL,
@@ -106,6 +107,8 @@ def datastore_routes(services: Services) -> APIRouter:
         with uploads.saved(label, valid, "label") as path:
             saved = store.save_label(image, str(path), tag or FINAL, info)
         logger.info("Label of %r saved as %r by %r", image, tag, user.name)
+        if (tag or FINAL) == FINAL:
+            app.submitted(person(services, user, asked), image)
         return {**(app.on_save_label(image, saved) or {}), "image": image, "label": saved}
 
     @routes.delete("/label", summary="Remove a label")

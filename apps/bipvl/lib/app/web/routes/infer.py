@@ -12,16 +12,26 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, File, Form, HTTPException, Response, UploadFile
+from fastapi import APIRouter, Depends, File, Form, HTTPException, Request, Response, UploadFile
 from requests_toolbelt import MultipartEncoder
 from starlette.concurrency import run_in_threadpool
 
 from lib.app.web import uploads
 from lib.app.web.access.accounts import User
-from lib.app.web.common import ERRORS, LabelApp, Services, choice, current_user, json_object, known_image
+from lib.app.web.common import (
+    ERRORS,
+    LabelApp,
+    Services,
+    choice,
+    current_user,
+    json_object,
+    known_image,
+    person,
+)
 from lib.app.web.routes.data import known_session
 from lib.files import ORIGINAL
-from lib.infers import BiPVLInfer
+from lib.infers import BiPVLInfer, InteractiveInfer
+from lib.infers.interactive import Work
 
 logger = logging.getLogger(__name__)
 
@@ -65,16 +75,19 @@ def infer_routes(services: Services) -> APIRouter:
     @routes.post("/{model}", summary="Segment an image", response_class=Response)
     async def infer(
         user: Annotated[User, Depends(current_user)],
+        asked: Request,
         model: str,
         image: str = "",
         session_id: str = "",
         params: Annotated[str, Form()] = "{}",
         file: Annotated[UploadFile | None, File()] = None,
-        label: Annotated[UploadFile | None, File(description="Scribbles; this app's models do not use them")] = None,
+        label: Annotated[UploadFile | None, File(description="The label map with scribbles, for `_scribbles`")] = None,
         output: InferOutput = InferOutput.all,
     ) -> Response:
         def prepare() -> _Request:
-            return _prepare(services, user, model, image, session_id, params, file, output)
+            request = _prepare(services, user, model, image, session_id, params, file, output)
+            request.person, request.map = person(services, user, asked), label
+            return request
 
         request = await run_in_threadpool(prepare)
         return await asyncio.get_running_loop().run_in_executor(services.infers, _run, services, request)
@@ -90,6 +103,8 @@ class _Request:
         self.image: str | None = None
         self.path: Path | None = None
         self.file: UploadFile | None = None
+        self.person = ""
+        self.map: UploadFile | None = None  # with scribbles
 
 
 def _prepare(
@@ -103,10 +118,15 @@ def _prepare(
     output: InferOutput,
 ) -> _Request:
     """Check everything before the request waits for its turn."""
-    task = choice("model", model, services.app.models)
+    interactive = services.app.interactions
+    tasks: dict[str, BiPVLInfer | InteractiveInfer] = {**services.app.models, **interactive}
+    task = choice("model", model, tasks)
     store = services.app.datastore()
     given = json_object(params)
     request = _Request({**_options(task, given, model, image), "model": model}, output)
+    if model in interactive and (output is InferOutput.dicom_seg or (file is not None and not session_id)):
+        what = "output: dicom_seg" if output is InferOutput.dicom_seg else "file"
+        raise HTTPException(400, f"{what} is not offered for clicks and scribbles: name an image or a session_id")
     if session_id:
         request.path = Path(known_session(services, session_id, touch=True)["image"])
     elif file is not None:
@@ -134,19 +154,32 @@ def _prepare(
 def _run(services: Services, request: _Request) -> Response:
     app = services.app
     with ExitStack() as stack:
-        if request.image is not None:
-            result = app.infer({**request.options, "image": request.image})
+        if request.options["model"] in app.interactions:
+            result = _interact(app, request, stack)
+        elif request.image is not None:
+            result = app.infer({**request.options, "image": request.image}, person=request.person)
         elif request.file is not None:
             path = stack.enter_context(uploads.saved(request.file, uploads.IMAGE_SUFFIXES, "file"))
             result = app.infer_file(request.options, path)
         else:
             assert request.path is not None
-            result = app.infer_file(request.options, request.path)
+            work = Work(request.person, f"session {request.path}", request.path)
+            result = app.infer_file(request.options, request.path, work)
         mask = Path(result["file"])
         stack.callback(mask.unlink, missing_ok=True)
         params = result["params"]
         params["warnings"] = [services.places.hide(text) for text in params.get("warnings", ())]
         return _answer(app, request, mask, params)
+
+
+def _interact(app: LabelApp, request: _Request, stack: ExitStack) -> dict[str, Any]:
+    options = dict(request.options)
+    if request.map is not None:
+        options["map"] = stack.enter_context(uploads.saved(request.map, uploads.LABEL_SUFFIXES, "label"))
+    if request.image is not None:
+        return app.interact(options, app.work(request.person, request.image))
+    assert request.path is not None
+    return app.interact(options, Work(request.person, f"session {request.path}", request.path))
 
 
 def _answer(app: LabelApp, request: _Request, mask: Path, params: dict[str, Any]) -> Response:
@@ -181,13 +214,13 @@ def _media_type(name: str) -> str:
     return mimetypes.guess_type(name, strict=False)[0] or "application/octet-stream"
 
 
-def _options(task: BiPVLInfer, given: dict[str, Any], model: str, image: str) -> dict[str, Any]:
+def _options(task: BiPVLInfer | InteractiveInfer, given: dict[str, Any], model: str, image: str) -> dict[str, Any]:
     """The options that the model knows, in their types. No option may name a file of the server."""
     for key, value in zip(RESERVED, (model, image), strict=True):
         if given.get(key, value) not in (value, ""):
             raise HTTPException(400, f"params: {key!r} belongs in the address, where it is {value!r}")
     for key in FORBIDDEN:
-        if key in given:
+        if key in given and key not in task.options:
             raise HTTPException(400, f"params: {key!r} cannot be set")
     options = {key: value for key, value in task.options.read(given).items() if key in task.options}
     options.setdefault("label_tag", ORIGINAL)
