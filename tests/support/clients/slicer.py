@@ -155,6 +155,31 @@ class Slicer:
         self.take_in(file, result.get("label_names") or self.info["models"][model]["labels"])
         return result
 
+    def click(
+        self, model: str, label: str, foreground: list[list[int]], background: list[list[int]], **more: Any
+    ) -> dict[str, Any]:
+        """A point of the deepgrow panel, in live mode: all points of the segment go along, the mask does not."""
+        params = {"label": label, "foreground": foreground, "background": background, **self.options("infer", model)}
+        params |= {"result_extension": ".nrrd", "result_dtype": "uint8", "result_compress": False, **more}
+        file, result = self.client().infer(model, self.sample["id"], params)
+        self.take_in(file, [label])
+        return result
+
+    def scribble(self, model: str, label: str, inside: np.ndarray, outside: np.ndarray) -> dict[str, Any]:
+        """Update of the scribbles panel: a label map of all segments, strokes last, and their names by position."""
+        layers = {**self.segments, "background_scribbles": outside, "foreground_scribbles": inside}
+        merged = np.zeros(self.volume.shape, np.int16)
+        for value, voxels in enumerate(layers.values(), start=1):
+            merged[voxels] = value
+        path = self.folder / "scribbles.nii.gz"
+        nib.save(nib.Nifti1Image(merged, self.affine), path)
+        params = {**self.options("infer", model), "roi": [], "selected_label_name": label}
+        params["label_info"] = [{"name": name, "id": value} for value, name in enumerate(layers, start=1)]
+        params |= {"result_extension": ".nrrd", "result_dtype": "uint8", "result_compress": False}
+        file, result = self.client().infer(model, self.sample["id"], params, label_in=str(path))
+        self.take_in(file, [label])
+        return result
+
     def take_in(self, file: str, names: Any) -> None:
         """Import a mask."""
         labels = [n for n, _ in sorted(names.items(), key=lambda pair: pair[1])] if isinstance(names, dict) else names

@@ -112,9 +112,12 @@ def current_user(request: Request) -> User:
     return request.scope.get(USER, LOCAL_USER)
 
 
-def person(services: Services, user: User, request: Request) -> str:
-    """Whom work is remembered for: the account, without accounts the address of the client."""
-    return user.name if services.auth else request.client.host if request.client else ""
+def person(services: Services, user: User, request: Request, client_id: Any) -> str:
+    """Whom work is remembered for: the account; without accounts the name that the client gives itself (`client_id`)
+    and its address."""
+    if services.auth:
+        return user.name
+    return f"{str(client_id or '')[:100]}@{request.client.host if request.client else ''}"
 
 
 def choice(kind: str, name: Any, valid: Mapping[str, Entry]) -> Entry:

@@ -108,7 +108,7 @@ def datastore_routes(services: Services) -> APIRouter:
             saved = store.save_label(image, str(path), tag or FINAL, info)
         logger.info("Label of %r saved as %r by %r", image, tag, user.name)
         if (tag or FINAL) == FINAL:
-            app.submitted(person(services, user, asked), image)
+            app.submitted(person(services, user, asked, info.get("client_id")), image)
         return {**(app.on_save_label(image, saved) or {}), "image": image, "label": saved}
 
     @routes.delete("/label", summary="Remove a label")

@@ -86,7 +86,8 @@ def infer_routes(services: Services) -> APIRouter:
     ) -> Response:
         def prepare() -> _Request:
             request = _prepare(services, user, model, image, session_id, params, file, output)
-            request.person, request.map = person(services, user, asked), label
+            request.person = person(services, user, asked, json_object(params).get("client_id"))
+            request.map = label
             return request
 
         request = await run_in_threadpool(prepare)
