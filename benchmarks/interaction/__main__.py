@@ -7,24 +7,33 @@ python -m benchmarks.interaction tables
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 import typer
 
 from benchmarks import records
 from benchmarks.accuracy.__main__ import commit
 from benchmarks.accuracy.data import SHARES, SPLITS, Preprocessed, find_cases, split_cases
-from benchmarks.interaction.cases import Case, prepare
+from benchmarks.interaction.cases import prepare
 from benchmarks.interaction.users import USERS, work
+from lib.files import write_atomic
+from lib.interaction import boxes
 from lib.interaction.answer import Settings
 from lib.interaction.evidence import Reach
 from lib.interaction.prompts import Prompts
-from lib.interaction.respond import respond
+from lib.interaction.regions import obey, put
+from lib.interaction.respond import REACH, respond
 from lib.model import checkpoints
+from lib.model.nets.refiner import Refiner
+from lib.trainers.refining import Scene, answered, train_refiner
+from lib.trainers.segmented import Segmented
 
 RESULTS = records.RESULTS / "interaction.jsonl"
 WORK = Path.home() / ".cache" / "bipvl-accuracy"
@@ -45,11 +54,41 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pret
 def answering(settings: Settings) -> Any:
     """A way to answer without training, as `benchmarks.interaction.users.work` takes it."""
 
-    def answer(case: Case, label: str, value: int, labels: np.ndarray, prompts: Prompts) -> np.ndarray:
+    def answer(case: Segmented, label: str, value: int, labels: np.ndarray, prompts: Prompts) -> np.ndarray:
         features = case.features_in if settings.pull else None
         margin = case.margins[label]
         given = (labels, value, case.image, case.spacing, prompts, settings)
         return respond(*given, lambda box: margin.on(case.meta, box), features)[0]
+
+    return answer
+
+
+def refining(refiner: Refiner, settings: Settings) -> Any:
+    """The way to answer with a trained refiner."""
+    assert settings.reach is not None
+    reach = settings.reach
+
+    @torch.no_grad()
+    def answer(case: Segmented, label: str, value: int, labels: np.ndarray, prompts: Prompts) -> np.ndarray:
+        box = boxes.around(prompts.all, REACH, case.spacing, labels.shape)
+        near, before = prompts.moved(boxes.corner(box)), labels[box]
+        mask = before == value
+        found = Scene(
+            label,
+            case.image[(slice(None), *box)],
+            mask,
+            case.margins[label].on(case.meta, box),
+            mask,
+            (before > 0) & ~mask,
+            case.features_in(box),
+            case.spacing,
+            case.text[label],
+        )
+        margin, _ = answered(refiner, found, near, reach)
+        result = labels.copy()
+        after = obey(mask, margin[0].numpy() > 0, near.inside, near.outside)
+        result[box] = put(before, value, mask, after, near.inside)
+        return result
 
     return answer
 
@@ -87,6 +126,7 @@ def run_command(
     interactions: int = 10,
     cases: Annotated[int, typer.Option(help="first so many patients; 0: all")] = 0,
     field: Annotated[tuple[float, float] | None, typer.Option(help="mm around the centre, as in training")] = None,
+    refiner: Annotated[Path | None, typer.Option(help="of `refine`; the only method then")] = None,
     results: Path = RESULTS,
     work_folder: Annotated[Path, typer.Option("--work")] = WORK,
 ) -> None:
@@ -98,9 +138,12 @@ def run_command(
     firsts = {case["patient"]: case for case in reversed(chosen) if case["patient"] in patients}
     listed = [firsts[patient] for patient in patients]
     prepared = list(prepare(model, task, listed, Preprocessed(task, listed, work_folder / "volumes", field)))
-    for name in method or METHODS:
+    trained = Refiner(model.vision.feature_width, model.project_text.out_features)
+    if refiner:
+        trained.load_state_dict(torch.load(refiner, weights_only=True))
+    for name in [f"refiner {refiner.stem}"] if refiner else method or METHODS:
         for who in user or USERS:
-            answer = answering(METHODS[name])
+            answer = refining(trained.eval(), Settings()) if refiner else answering(METHODS[name])
             works = [
                 work(case, label, value, who, answer, interactions)
                 for case in prepared
@@ -111,6 +154,34 @@ def run_command(
             run = {"name": f"{task.name} {checkpoint.stem} {on} {name} {who}", "task": task.name, "method": name}
             run |= {"user": who, "on": on, "patients": patients, "commit": commit(), "summary": found}
             records.put(results, run)
+
+
+@app.command("refine")
+def refine_command(
+    checkpoint: Annotated[Path, typer.Argument(help="of an accuracy run, or a published version")],
+    data: Annotated[Path, typer.Option(help="folder of the data set")],
+    out: Annotated[Path, typer.Option(help="file of the refiner")],
+    steps: int = 2000,
+    seed: int = 0,
+    cases: Annotated[int, typer.Option(help="first so many patients; 0: all")] = 0,
+    field: Annotated[tuple[float, float] | None, typer.Option(help="mm around the centre, as in training")] = None,
+    work_folder: Annotated[Path, typer.Option("--work")] = WORK,
+) -> None:
+    """Train a refiner on the training patients of a frozen network."""
+    model, task = checkpoints.restore_model(checkpoints.load(checkpoint), checkpoint)
+    listed = split_cases(find_cases(data), shares=SPLITS.get(task.name, SHARES)).training[: cases or None]
+    prepared = list(prepare(model, task, listed, Preprocessed(task, listed, work_folder / "volumes", field)))
+    torch.manual_seed(seed)
+    refiner = Refiner(model.vision.feature_width, model.project_text.out_features)
+    reach = Settings().reach
+    assert reach is not None
+    begin = time.monotonic()
+
+    def told(step: int, losses: dict[str, float]) -> None:
+        print(json.dumps({"step": step, **losses, "seconds": round(time.monotonic() - begin)}), flush=True)
+        write_atomic(out, partial(torch.save, refiner.state_dict()))
+
+    train_refiner(refiner, prepared, steps, seed, reach, told)
 
 
 if __name__ == "__main__":

@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from benchmarks.interaction.cases import Case
 from lib.interaction.prompts import Prompts
 from lib.interaction.regions import NEIGHBOURS
 from lib.interaction.robot import Correction, click, scribble
+from lib.trainers.segmented import Segmented
 
 USERS = ("precise", "sloppy", "scribbles")
-Answer = Callable[[Case, str, int, np.ndarray, Prompts], np.ndarray]  # case, label, value, map before, all prompts
+Answer = Callable[[Segmented, str, int, np.ndarray, Prompts], np.ndarray]  # case, label, value, map before, all prompts
 
 
 def work(
-    case: Case, label: str, value: int, user: str, answer: Answer, interactions: int, seed: int = 0
+    case: Segmented, label: str, value: int, user: str, answer: Answer, interactions: int, seed: int = 0
 ) -> dict[str, Any]:
     """Correct one class until nothing is wrong, at most `interactions` times.
 
@@ -51,7 +51,9 @@ def work(
     return {"dice": dices, "seconds": seconds, "outside": strays, "disobeyed": disobeyed}
 
 
-def _next(user: str, mask: np.ndarray, truth: np.ndarray, case: Case, choose: np.random.Generator) -> Correction | None:
+def _next(
+    user: str, mask: np.ndarray, truth: np.ndarray, case: Segmented, choose: np.random.Generator
+) -> Correction | None:
     if user == "scribbles":
         return scribble(mask, truth, case.spacing, choose)
     return click(mask, truth, case.spacing, choose if user == "sloppy" else None)

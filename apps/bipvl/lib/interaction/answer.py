@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy import ndimage
 
 from lib.interaction.cut import graph_cut
-from lib.interaction.evidence import Reach, evidence, scaled
+from lib.interaction.evidence import Reach, distance, evidence, scaled
 from lib.interaction.prompts import Prompts
 from lib.interaction.refit import refit
 from lib.interaction.regions import obey
@@ -121,12 +120,3 @@ def _anchors(base: np.ndarray, mask: np.ndarray, clicked: np.ndarray, far: np.nd
     sure.ravel()[clicked] = False
     sides = [np.flatnonzero(sure & side) for side in (mask, ~mask)]
     return np.concatenate([side[:: max(1, len(side) // ANCHORS)] for side in sides])
-
-
-def distance(points: np.ndarray, shape: Sequence[int], spacing: Sequence[float]) -> np.ndarray:
-    """(h, w, d) float, mm from the nearest of some voxels; infinite without any."""
-    if not len(points):
-        return np.full(tuple(shape), np.inf)
-    away = np.ones(tuple(shape), bool)
-    away[tuple(points.T)] = False
-    return ndimage.distance_transform_edt(away, sampling=spacing)

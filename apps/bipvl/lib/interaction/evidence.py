@@ -71,3 +71,12 @@ def evidence(
         for points in (inside, outside)
     )
     return (reach.gain * np.where(for_it >= against, for_it, -against)).astype(np.float32)
+
+
+def distance(points: np.ndarray, shape: Sequence[int], spacing: Sequence[float]) -> np.ndarray:
+    """(h, w, d) float, mm from the nearest of some voxels; infinite without any."""
+    if not len(points):
+        return np.full(tuple(shape), np.inf)
+    away = np.ones(tuple(shape), bool)
+    away[tuple(points.T)] = False
+    return ndimage.distance_transform_edt(away, sampling=spacing)

@@ -37,6 +37,7 @@ class Prediction:
         likewise by the column's class. The paper's Fig. 2d.
     windows, skipped: how many windows the volume has, and how many of them held nothing but background.
     features: (width, h, w, d) float16 on the CPU, of the decoder, stitched as the logits are; if they were asked for.
+    text: (C, P), T of Eq. (4), mean over windows weighted likewise; likewise.
     """
 
     probabilities: Tensor
@@ -45,6 +46,7 @@ class Prediction:
     windows: int
     skipped: int
     features: Tensor | None = None
+    text: Tensor | None = None
 
     @property
     def alignment(self) -> Tensor:
@@ -102,6 +104,7 @@ class _Windows:
         self.mass: Any = None  # of each class over all windows (C,)
         self.weights: Any = None
         self.cosine: Any = None
+        self.text: Any = None
 
     def __call__(self, patches: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """(B, channels, …), after the image's channels that of `content`, if there is one, to logits, and to the
@@ -146,12 +149,13 @@ class _Windows:
         p = logits.sigmoid() if self.task.overlapping else logits.softmax(1)[:, 1:]
         mass = p.flatten(2).sum(-1).double()  # (B, C)
         cosine = torch.einsum("bcp,bdp->bcd", unit(output.text.float()), unit(output.vision.float()))
-        parts = mass.sum(0), (mass[..., None] * output.weights).sum(0), (mass[:, None] * cosine).sum(0)
+        means = (mass[..., None] * output.weights).sum(0), (mass[:, None] * cosine).sum(0)
+        parts = mass.sum(0), *means, (mass[..., None] * output.text).sum(0)
         if self.mass is None:
-            self.mass, self.weights, self.cosine = parts
+            self.mass, self.weights, self.cosine, self.text = parts
         else:
-            self.mass, self.weights, self.cosine = (
-                a + b for a, b in zip((self.mass, self.weights, self.cosine), parts, strict=True)
+            self.mass, self.weights, self.cosine, self.text = (
+                a + b for a, b in zip((self.mass, self.weights, self.cosine, self.text), parts, strict=True)
             )
 
 
@@ -247,6 +251,7 @@ def predict(
             windows.windows,
             windows.skipped,
             features,
+            torch.zeros(rows[0], model.project_text.out_features) if keep_features else None,
         )
     mass = windows.mass.clamp_min(1e-12).cpu()
     return Prediction(
@@ -256,4 +261,5 @@ def predict(
         windows.windows,
         windows.skipped,
         features,
+        (windows.text.cpu() / mass[:, None]).float() if keep_features else None,
     )

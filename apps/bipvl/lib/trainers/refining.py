@@ -1,0 +1,199 @@
+"""Training of the refiner: simulated corrections on cases that the frozen network has segmented.
+
+A network is nearly right on the patients that it was trained with, and people correct what is wrong. So errors are made
+larger: smooth noise is added to the margin before the mask is taken from it. Then a robot corrects one to five times,
+the refiner answers each time, and learns from its last answer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import ndimage
+from torch import Tensor
+from torch.nn import functional as F
+
+from lib.interaction import boxes
+from lib.interaction.answer import respect
+from lib.interaction.boxes import Box
+from lib.interaction.evidence import Reach, evidence, scaled
+from lib.interaction.guidance import guidance
+from lib.interaction.prompts import Prompts
+from lib.interaction.regions import obey
+from lib.interaction.respond import REACH
+from lib.interaction.robot import Correction, click, scribble
+from lib.model.nets.refiner import Refiner
+from lib.trainers.segmented import Segmented
+
+ROUNDS = 5  # most corrections of one simulation
+NOISE = 3.0  # log odds, most of the smooth noise
+GRAIN = (4.0, 15.0)  # mm, of its bumps
+LEARNING_RATE = 1e-3
+WARM_UP = 0.05
+DRAWN = 1.0  # as of the answer's settings
+FEWEST = 4  # voxels of an error that is worth a correction
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A box of one class before a correction; arrays as in `Segmented`."""
+
+    label: str
+    image: np.ndarray
+    truth: np.ndarray
+    margin: np.ndarray
+    mask: np.ndarray
+    others: np.ndarray
+    features: np.ndarray
+    spacing: tuple[float, float, float]
+    text: Tensor
+
+
+def scene(case: Segmented, choose: np.random.Generator) -> Scene | None:
+    """A box with an error in it, None if a draw found none."""
+    label = str(choose.choice(list(case.margins)))
+    value = case.values[label]
+    shape = case.truth.shape
+    truth = case.truth == value
+    whole: Box = (slice(0, shape[0]), slice(0, shape[1]), slice(0, shape[2]))
+    margin = case.margins[label].on(case.meta, whole)
+    if choose.random() < 0.8:
+        margin = margin + noise(shape, case.spacing, choose)
+    wrong = (margin > 0) != truth
+    parts, count = ndimage.label(wrong)
+    sizes = np.bincount(parts.ravel())[1:]
+    if not count or sizes.max() < FEWEST:
+        return None
+    part = choose.choice(count, p=np.where(sizes >= FEWEST, sizes, 0) / sizes[sizes >= FEWEST].sum()) + 1
+    places = np.argwhere(parts == part)
+    box = boxes.around(places[[choose.integers(len(places))]], REACH, case.spacing, shape)
+    mask = margin[box] > 0
+    others = (case.truth[box] != value) & (case.truth[box] > 0) & ~mask
+    image = case.image[(slice(None), *box)]
+    return Scene(
+        label, image, truth[box], margin[box], mask, others, case.features_in(box), case.spacing, case.text[label]
+    )
+
+
+def noise(shape: Sequence[int], spacing: Sequence[float], choose: np.random.Generator) -> np.ndarray:
+    """Smooth noise: bumps of one size, of a strength up to `NOISE` log odds."""
+    grain = choose.uniform(*GRAIN) / np.asarray(spacing)
+    found = ndimage.gaussian_filter(choose.standard_normal(tuple(shape)).astype(np.float32), grain)
+    return found / max(float(found.std()), 1e-6) * choose.uniform(0, NOISE)
+
+
+def next_correction(
+    mask: np.ndarray, truth: np.ndarray, spacing: Sequence[float], choose: np.random.Generator
+) -> Correction | None:
+    """What a person does next: half of them click, precisely or beside the middle, half of them scribble."""
+    kind = choose.random()
+    if kind < 0.4:
+        return scribble(mask, truth, spacing, choose)
+    return click(mask, truth, spacing, choose if kind < 0.75 else None, miss=(0.0, 6.0))
+
+
+def inputs(found: Scene, prompts: Prompts, reach: Reach) -> tuple[np.ndarray, np.ndarray]:
+    """Of the refiner: margin with evidence (h, w, d), and guidance."""
+    base = respect(found.margin, found.mask, DRAWN)
+    said = evidence(scaled(found.image), found.spacing, prompts.inside, prompts.outside, reach)
+    maps = guidance(base, found.image, found.mask, found.others, found.spacing, prompts)
+    return base + said, maps
+
+
+def answered(refiner: Refiner, found: Scene, prompts: Prompts, reach: Reach) -> tuple[Tensor, Tensor]:
+    """The refined margin (1, h, w, d), and the one without the refiner."""
+    base, maps = (torch.from_numpy(part).float()[None] for part in inputs(found, prompts, reach))
+    features = torch.from_numpy(found.features)[None]
+    return base + refiner(maps, features, found.text[None], found.spacing), base
+
+
+def simulate(refiner: Refiner, found: Scene, reach: Reach, choose: np.random.Generator) -> Prompts | None:
+    """Prompts of one to `ROUNDS` corrections, each of what the refiner's answer to those before got wrong."""
+    prompts = Prompts(*np.zeros((2, 0, 3), np.int64))
+    mask = found.mask
+    for number in range(int(choose.integers(1, ROUNDS + 1))):
+        if number:
+            with torch.no_grad():
+                margin, _ = answered(refiner, found, prompts, reach)
+            mask = obey(found.mask, margin[0].numpy() > 0, prompts.inside, prompts.outside)
+        correction = next_correction(mask, found.truth, found.spacing, choose)
+        if correction is None:
+            break
+        kinds = [prompts.inside, prompts.outside]
+        place = 0 if correction.belongs else 1
+        kinds[place] = np.unique(np.concatenate([kinds[place], correction.points]), axis=0)
+        prompts = Prompts(*kinds)
+    return prompts if len(prompts) else None
+
+
+def refiner_loss(margin: Tensor, truth: Tensor) -> Tensor:
+    """Binary cross-entropy and Dice of one box: (1, h, w, d) each."""
+    target = truth.float()
+    p = margin.sigmoid()
+    dice = 1 - (2 * (p * target).sum() + 1) / (p.sum() + target.sum() + 1)
+    return F.binary_cross_entropy_with_logits(margin, target) + dice
+
+
+def train_refiner(
+    refiner: Refiner,
+    cases: Sequence[Segmented],
+    steps: int,
+    seed: int,
+    reach: Reach,
+    told: Callable[[int, dict[str, float]], None] = lambda *_: None,
+    every: int = 50,
+) -> None:
+    """Train in place.
+
+    Args:
+        refiner: on the CPU.
+        cases: what to correct.
+        steps: simulations, one per step.
+        seed: of everything random.
+        reach: of the evidence that it adds to.
+        told: hears of the step and of the mean losses since the last call, with and without the refiner.
+        every: steps between calls.
+    """
+    optimizer = torch.optim.AdamW(refiner.parameters(), lr=LEARNING_RATE, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
+    losses: list[tuple[float, float]] = []
+    for step, (found, prompts) in enumerate(_simulations(refiner, cases, seed, reach), 1):
+        margin, before = answered(refiner, found, prompts, reach)
+        truth = torch.from_numpy(found.truth)[None]
+        loss = refiner_loss(margin, truth)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(refiner.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append((float(loss.detach()), float(refiner_loss(before, truth))))
+        if step % every == 0 or step == steps:
+            means = np.mean(losses, axis=0)
+            told(step, {"refiner": round(float(means[0]), 4), "evidence": round(float(means[1]), 4)})
+            losses.clear()
+        if step == steps:
+            return
+
+
+def _rate(step: int, steps: int) -> float:
+    warm = max(1, round(steps * WARM_UP))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def _simulations(
+    refiner: Refiner, cases: Sequence[Segmented], seed: int, reach: Reach
+) -> Iterator[tuple[Scene, Prompts]]:
+    choose = np.random.default_rng(seed)
+    while True:
+        found = scene(cases[int(choose.integers(len(cases)))], choose)
+        if found is None:
+            continue
+        prompts = simulate(refiner, found, reach, choose)
+        if prompts is not None:
+            yield found, prompts
