@@ -28,7 +28,7 @@ from lib.interaction import boxes
 from lib.interaction.answer import Settings
 from lib.interaction.evidence import Reach
 from lib.interaction.prompts import Prompts
-from lib.interaction.regions import obey, put
+from lib.interaction.regions import put
 from lib.interaction.respond import REACH, respond
 from lib.model import checkpoints
 from lib.model.nets.refiner import Refiner
@@ -86,8 +86,7 @@ def refining(refiner: Refiner, settings: Settings) -> Any:
         )
         margin, _ = answered(refiner, found, near, reach)
         result = labels.copy()
-        after = obey(mask, margin[0].numpy() > 0, near.inside, near.outside)
-        result[box] = put(before, value, mask, after, near.inside)
+        result[box] = put(before, value, margin[0].numpy() > 0, near.inside, near.outside)
         return result
 
     return answer

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -10,8 +12,14 @@ from lib.interaction.cut import graph_cut
 from lib.interaction.evidence import Reach
 from lib.interaction.prompts import Prompts
 from lib.interaction.refit import refit
+from lib.interaction.regions import obey
 
 SPACING = (1.0, 1.0, 1.0)
+
+
+def after(margin: np.ndarray, image: np.ndarray, mask: np.ndarray, prompts: Prompts, *way: Any) -> np.ndarray:
+    wanted = answer(margin, image, mask, SPACING, prompts, *way)
+    return obey(mask, wanted, prompts.inside, prompts.outside)
 
 
 def test_a_refit_without_voxels_changes_nothing() -> None:
@@ -76,9 +84,9 @@ def test_one_click_each_way_is_obeyed_and_nothing_else_moves(way: str) -> None:
     margin, image, mask = scene()
     features = np.concatenate([image, np.linspace(0, 1, image.size).reshape(image.shape)])
     prompts = Prompts.of_points([[29, 10, 10]], [[10, 10, 10]], image.shape[1:])
-    found = answer(margin, image, mask, SPACING, prompts, WAYS[way], features)
+    found = after(margin, image, mask, prompts, WAYS[way], features)
     assert found[29, 10, 10] and not found[10, 10, 10]
-    again = answer(margin, image, mask, SPACING, prompts, WAYS[way], features)
+    again = after(margin, image, mask, prompts, WAYS[way], features)
     assert np.array_equal(found, again)
 
 
@@ -86,7 +94,7 @@ def test_a_stamp_takes_the_ball_that_was_clicked_and_stops_at_its_edge() -> None
     margin, image, mask = scene()
     right = ball(image.shape[1:], (29, 10, 10), 5)
     prompts = Prompts.of_points([[29, 10, 10]], [], image.shape[1:])
-    found = answer(margin, image, mask, SPACING, prompts, Settings(reach=Reach(9.0, 6.0, 8.0)))
+    found = after(margin, image, mask, prompts, Settings(reach=Reach(9.0, 6.0, 8.0)))
     assert np.array_equal(found & ~right, mask)
     assert (found & right).sum() / right.sum() > 0.9
 
@@ -95,11 +103,11 @@ def test_a_refit_takes_all_that_looks_alike_near_the_click() -> None:
     margin, image, mask = scene()
     right = ball(image.shape[1:], (29, 10, 10), 5)
     prompts = Prompts.of_points([[29, 10, 10]], [], image.shape[1:])
-    found = answer(margin, image, mask, SPACING, prompts, Settings(reach=None, pull=0.01), image)
+    found = after(margin, image, mask, prompts, Settings(reach=None, pull=0.01), image)
     assert (found & right).sum() / right.sum() > 0.9 and not (found & ~right & ~mask).any()
 
 
 def test_a_click_on_what_is_already_right_changes_nothing() -> None:
     margin, image, mask = scene()
     prompts = Prompts.of_points([[10, 10, 10]], [[20, 10, 10]], image.shape[1:])
-    assert np.array_equal(answer(margin, image, mask, SPACING, prompts, Settings(reach=Reach(3.0, 2.0, 1.0))), mask)
+    assert np.array_equal(after(margin, image, mask, prompts, Settings(reach=Reach(3.0, 2.0, 1.0))), mask)

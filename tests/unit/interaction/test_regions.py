@@ -55,11 +55,15 @@ def test_neither_mask_is_changed() -> None:
 
 def test_other_classes_keep_their_voxels_unless_the_click_takes_them() -> None:
     labels = np.array([1, 1, 0, 2, 2, 3], np.uint8).reshape(6, 1, 1)
-    before = labels == 1
-    after = np.array([0, 1, 1, 1, 1, 1], bool).reshape(6, 1, 1)
-    assert put(labels, 1, before, after, at(2)).ravel().tolist() == [0, 1, 1, 2, 2, 3]
-    assert put(labels, 1, before, after, at(3)).ravel().tolist() == [0, 1, 1, 1, 1, 3]
+    wanted = np.array([0, 1, 1, 1, 1, 1], bool).reshape(6, 1, 1)
+    assert put(labels, 1, wanted, at(2), at(0)).ravel().tolist() == [0, 1, 1, 2, 2, 3]
+    assert put(labels, 1, wanted, at(3), NONE).ravel().tolist() == [1, 1, 1, 1, 1, 3]
     assert labels.ravel().tolist() == [1, 1, 0, 2, 2, 3]
+
+
+def test_nothing_is_taken_beyond_another_class() -> None:
+    labels = np.array([1, 0, 2, 0, 0], np.uint8).reshape(5, 1, 1)
+    assert put(labels, 1, np.ones_like(labels, bool), at(1), NONE).ravel().tolist() == [1, 1, 2, 0, 0]
 
 
 def test_a_box_reaches_as_many_mm_along_each_axis() -> None:

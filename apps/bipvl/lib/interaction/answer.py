@@ -11,7 +11,6 @@ from lib.interaction.cut import graph_cut
 from lib.interaction.evidence import Reach, distance, evidence, scaled
 from lib.interaction.prompts import Prompts
 from lib.interaction.refit import refit
-from lib.interaction.regions import obey
 
 BALL = 2.5  # mm around a click that count as clicked when a kernel is re-fitted
 SURE = 2.0  # log odds from which a voxel of the present mask is an anchor
@@ -54,7 +53,7 @@ def answer(
     settings: Settings,
     features: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The mask of one class after its prompts.
+    """The mask of one class as its prompts make it; what of it is taken over: `lib.interaction.regions.put`.
 
     Args:
         margin: (h, w, d), log odds of the class against its best rival, from the model.
@@ -66,8 +65,7 @@ def answer(
         features: (width, h, w, d) of the decoder, for a re-fit.
 
     Returns:
-        (h, w, d) boolean. Every prompted voxel is as prompted; other voxels change only in parts that hang together
-        with a prompt of their kind.
+        (h, w, d) boolean.
     """
     seen = scaled(image)
     base = respect(margin, mask, settings.drawn)
@@ -80,7 +78,7 @@ def answer(
         wanted = graph_cut(seen.mean(0), changed, prompts.inside, prompts.outside, settings.smooth, settings.spread)
     else:
         wanted = changed > 0
-    return obey(mask, wanted, prompts.inside, prompts.outside)
+    return wanted
 
 
 def _refitted(

@@ -39,20 +39,32 @@ def obey(before: np.ndarray, wanted: np.ndarray, inside: np.ndarray, outside: np
     return after
 
 
-def put(labels: np.ndarray, value: int, before: np.ndarray, after: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    """A label map with one class's new mask: other classes keep their voxels, unless a click lies on one of them.
+def free(labels: np.ndarray, value: int, inside: np.ndarray) -> np.ndarray:
+    """Where a class may be: other classes keep their voxels, unless a click lies on one of theirs.
 
     Args:
         labels: the map as it is; 0 is background.
         value: of the class.
-        before, after: its masks.
         inside: (n, 3) voxels that were clicked as the class's: classes under them may lose voxels, others may not.
+    """
+    return np.isin(labels, np.unique(np.append(labels[tuple(inside.T)], [0, value])))
+
+
+def put(labels: np.ndarray, value: int, wanted: np.ndarray, inside: np.ndarray, outside: np.ndarray) -> np.ndarray:
+    """A label map after the clicks on one class: `obey`, and other classes keep what is not `free`. What the class
+    loses is background.
+
+    Args:
+        labels: the map as it is.
+        value: of the class.
+        wanted: the class's mask as the clicks make it.
+        inside, outside: (n, 3) clicked voxels.
 
     Returns:
         A new map of the same type.
     """
-    result = labels.copy()
-    result[before & ~after] = 0
-    free = np.unique(np.append(labels[tuple(inside.T)], [0, value]))
-    result[after & np.isin(labels, free)] = value
+    before = labels == value
+    after = obey(before, wanted & free(labels, value, inside), inside, outside)
+    result = np.where(before & ~after, 0, labels).astype(labels.dtype)
+    result[after] = value
     return result

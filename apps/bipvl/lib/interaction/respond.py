@@ -45,7 +45,7 @@ def respond(
     near = prompts.moved(boxes.corner(box))
     before = labels[box]
     mask = before == value
-    found = answer(
+    wanted = answer(
         margin(box),
         image[:, box[0], box[1], box[2]],
         mask,
@@ -54,7 +54,7 @@ def respond(
         settings,
         features(box) if features else None,
     )
-    after = put(before, value, mask, found, near.inside)
+    after = put(before, value, wanted, near.inside, near.outside)
     result = labels.copy()
     result[box] = after
     return result, Change(box, before.copy(), after)
