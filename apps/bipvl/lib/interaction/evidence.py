@@ -21,9 +21,9 @@ class Reach:
     gain: of the margin (log odds) at the click itself.
     """
 
-    distance: float = 9.0
+    distance: float = 5.0
     intensity: float = 1.0
-    gain: float = 6.0
+    gain: float = 3.0
 
 
 def scaled(image: np.ndarray) -> np.ndarray:
