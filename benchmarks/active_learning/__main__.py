@@ -33,9 +33,9 @@ from benchmarks.accuracy.training import build_network, optimizer_of, segment
 from benchmarks.active_learning.report import SECTION, plot, read_results, tables
 from benchmarks.documents import insert
 from lib.activelearning.ranking import RANKINGS, choose
+from lib.activelearning.scoring.cache import CaseScores
+from lib.activelearning.scoring.forward import score_case
 from lib.files import write_atomic
-from lib.scoring.cache import CaseScores
-from lib.scoring.forward import score_case
 from lib.tasks import Task
 from lib.trainers.objective import TrainingNetwork
 from lib.trainers.recipe import build_schedule, descend

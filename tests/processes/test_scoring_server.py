@@ -13,7 +13,7 @@ import psutil
 import pytest
 from monailabel.client import MONAILabelClient
 
-from lib.scoring import cache
+from lib.activelearning.scoring import cache
 from lib.stores.dicom.listing import FRESH_SECONDS
 from lib.stores.local import LocalStore
 from support.dicom.archive import Archive, needs_orthanc

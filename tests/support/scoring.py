@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from lib.activelearning.scoring import CaseScoring
 from lib.model import versions
 from lib.model.nets import build_model
-from lib.scoring import CaseScoring
 
 
 def publish(engine, task, seed):

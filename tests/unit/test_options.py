@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
+from lib.activelearning.scoring.methods import case_options, dice_options
 from lib.activelearning.strategies import SEED, next_case_options, strategies
 from lib.infers import BiPVLInfer
 from lib.infers.options import RESULT_SUFFIXES, batch_options, infer_options
 from lib.model.nets.vision import BACKBONES
 from lib.model.versions import CheckpointError, Versions
 from lib.options import Choice, Device, Number, OptionTable, Switch, Text, boolean
-from lib.scoring.methods import case_options, dice_options
 from lib.tasks import UNJUDGED, VISION_BACKBONES, load_task
 from lib.trainers import BiPVLTrain
 from lib.trainers.options import train_options

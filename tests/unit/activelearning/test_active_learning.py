@@ -11,8 +11,8 @@ import pytest
 from lib.activelearning import strategies
 from lib.activelearning.leases import Offer
 from lib.activelearning.ranking import RANKINGS, choose, combined, disagreement, distance, uncertainty
-from lib.scoring import cache
-from lib.scoring.cache import CaseScores
+from lib.activelearning.scoring import cache
+from lib.activelearning.scoring.cache import CaseScores
 
 MODEL, VERSION = "heart", 3
 NAMES = ("random", "first", "uncertainty", "alignment", "diverse", "combined")

@@ -17,7 +17,6 @@ ORDER = (
     ("main",),
     ("lib.app",),
     ("lib.activelearning",),
-    ("lib.scoring",),
     ("lib.infers", "lib.trainers"),
     ("lib.model",),
     ("lib.stores",),

@@ -12,7 +12,7 @@ import numpy as np
 from scipy.spatial.distance import cdist
 from scipy.stats import rankdata
 
-from lib.scoring.cache import CaseScores
+from lib.activelearning.scoring.cache import CaseScores
 
 Ranking = Callable[[Sequence[CaseScores], Sequence[CaseScores]], np.ndarray]
 

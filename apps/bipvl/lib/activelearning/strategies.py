@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lib.activelearning.ranking import RANKINGS, Ranking, choose
+from lib.activelearning.scoring import cache
+from lib.activelearning.scoring.cache import CaseScores
 from lib.options import Choice, Number, OptionTable
-from lib.scoring import cache
-from lib.scoring.cache import CaseScores
 from lib.upstream import Strategy
 
 SEED = Number("seed", -1, "seed of the random choices; below 0: a new one each time")

@@ -14,6 +14,10 @@ from fastapi import HTTPException
 from lib import upstream
 from lib.activelearning import strategies
 from lib.activelearning.leases import DEFAULT_MINUTES, Leases, Offer
+from lib.activelearning.scoring import CaseScoring, scoring_methods
+from lib.activelearning.scoring.background import METHOD, Background
+from lib.activelearning.scoring.methods import SERVER
+from lib.activelearning.scoring.turns import Turns
 from lib.app.web.access.options import CONF_KEYS
 from lib.app.web.common import known_image
 from lib.app.web.install import install
@@ -26,10 +30,6 @@ from lib.model.allocator import keep_freed_memory
 from lib.model.checkpoints import CheckpointError
 from lib.model.shipped import start_from_shipped
 from lib.options import boolean
-from lib.scoring import CaseScoring, scoring_methods
-from lib.scoring.background import METHOD, Background
-from lib.scoring.methods import SERVER
-from lib.scoring.turns import Turns
 from lib.stores.dicom.store import DicomStore
 from lib.stores.interface import Store
 from lib.stores.labelfolder import UNCERTAINTY

@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 from fastapi import HTTPException, Request
 from pydantic import BaseModel
 
+from lib.activelearning.scoring.background import Background
 from lib.app.web.access.accounts import User
 from lib.app.web.access.auth import Authenticator
 from lib.app.web.access.guard import LOCAL_USER, USER
@@ -21,7 +22,6 @@ from lib.app.web.answers import Places
 from lib.app.web.sessions import Sessions
 from lib.infers import BatchInfer, BiPVLInfer, InteractiveInfer
 from lib.infers.interactive import Work
-from lib.scoring.background import Background
 from lib.stores.interface import Store
 from lib.trainers import BiPVLTrain
 from lib.upstream import ScoringMethod, Strategy

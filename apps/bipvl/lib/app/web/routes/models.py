@@ -16,6 +16,7 @@ from fastapi import APIRouter, Body, Depends, File, HTTPException, Query, Reques
 from fastapi import Path as PathParameter
 from fastapi.responses import FileResponse, PlainTextResponse
 
+from lib.activelearning.scoring import cache
 from lib.app.web import uploads
 from lib.app.web.access.accounts import User
 from lib.app.web.access.guard import address_of
@@ -23,7 +24,6 @@ from lib.app.web.common import ERRORS, LabelApp, Services, checked, choice, curr
 from lib.app.web.routes.progress import with_images, with_progress
 from lib.infers.options import batch_options
 from lib.options import OptionTable
-from lib.scoring import cache
 from lib.upstream import BatchInferImageType, file_checksum, log_file, start_task, stop_task, task_status, tasks_of
 from lib.volumes.folders import SUFFIXES
 

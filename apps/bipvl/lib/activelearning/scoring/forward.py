@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lib.activelearning.scoring.cache import CaseScores
 from lib.model.nets import BiPVLSeg
 from lib.model.nets.text import Sentences
 from lib.model.predict import Prediction, predict
-from lib.scoring.cache import CaseScores
 from lib.tasks import Task
 
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from monailabel.utils.others.generic import device_list
 
+from lib.activelearning.scoring import CaseScoring, cache, scoring_methods
+from lib.activelearning.scoring.forward import score_case
+from lib.activelearning.scoring.methods import SERVER, Orphaned
+from lib.activelearning.scoring.turns import Turns
 from lib.model.nets import build_model
-from lib.scoring import CaseScoring, cache, scoring_methods
-from lib.scoring.forward import score_case
-from lib.scoring.methods import SERVER, Orphaned
-from lib.scoring.turns import Turns
 from lib.stores.dicom.archive import ArchiveError
 from lib.volumes.transforms import apply, load
 from support.scoring import publish, scoring

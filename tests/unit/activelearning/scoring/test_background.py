@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from lib.scoring import background as background_module
-from lib.scoring.background import Background
+from lib.activelearning.scoring import background as background_module
+from lib.activelearning.scoring.background import Background
 from support.scoring import publish, scoring
 
 

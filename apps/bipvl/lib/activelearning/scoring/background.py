@@ -12,7 +12,7 @@ import threading
 import time
 from typing import Any
 
-from lib.scoring.methods import CaseScoring
+from lib.activelearning.scoring.methods import CaseScoring
 from lib.stores.locks import Lock, Order
 from lib.upstream import is_running, start_task, stop_task, tasks_of
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from lib.activelearning.scoring.forward import score_case
 from lib.model.predict import Prediction, predict
-from lib.scoring.forward import score_case
 
 
 def prediction(probabilities, classes):

@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from lib.scoring.methods import DiceScoring
+from lib.activelearning.scoring.methods import DiceScoring
 from lib.stores.local import LocalStore
 from lib.volumes.metrics import dice_of_classes, evaluate_volumes
 from support.helpers import tiny_overlapping_task, tiny_task, write_nifti

@@ -18,14 +18,14 @@ import psutil
 import torch
 from filelock import FileLock, Timeout
 
+from lib.activelearning.scoring import cache
+from lib.activelearning.scoring.forward import score_case
+from lib.activelearning.scoring.turns import Turns
 from lib.files import FINAL, ORIGINAL, now, write_json
 from lib.infers import BiPVLInfer
 from lib.infers.segmentation import GPU_WINDOWS
 from lib.model.checkpoints import CheckpointError
 from lib.options import Choice, OptionTable, Text
-from lib.scoring import cache
-from lib.scoring.forward import score_case
-from lib.scoring.turns import Turns
 from lib.stores.dicom.archive import ArchiveError
 from lib.tasks import Task
 from lib.upstream import ScoringMethod, device_list, name_to_device

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from monailabel.client.client import MONAILabelClientException
 from scipy import ndimage
+from support.slicer import Slicer, shown
 
 from support.server import Server
-from support.slicer import Slicer, shown
 
 CLICKS, SCRIBBLES = "quickstart_clicks", "quickstart_scribbles"
 
