@@ -9,19 +9,30 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lib.stores.errors import NotInStoreError
+
 logger = logging.getLogger(__name__)
 
 LEFT_OUT = "left-out.txt"
 
 
-def zip_cases(cases: Sequence[Mapping[str, Any]], metadata: str) -> str:
+def zip_cases(cases: Sequence[Mapping[str, Any]], metadata: str, limit: int | None = None) -> str:
     """A temporary ZIP with `image/`, `label/` and `metadata.json`, for the caller to delete.
 
     A case that cannot be read any more is left out, and `left-out.txt` says why.
 
+    Args:
+        cases: labelled ones.
+        metadata: JSON.
+        limit: at most so many cases; None or 0: all.
+
     Raises:
+        NotInStoreError: no case is labelled.
         OSError: the ZIP cannot be written; nothing is left behind.
     """
+    if not cases:
+        raise NotInStoreError("no image has a final label yet: there is nothing to download")
+    cases = cases[:limit] if limit and limit > 0 else cases
     problems = []
     with tempfile.NamedTemporaryFile(suffix=".zip", delete=False) as file:
         try:

@@ -163,11 +163,7 @@ class LocalStore(Store):
         Raises:
             NotInStoreError: no case is labelled.
         """
-        cases = self.datalist()
-        if not cases:
-            raise NotInStoreError("no image has a final label yet: there is nothing to download")
-        cases = cases[:limit_cases] if limit_cases and limit_cases > 0 else cases
-        return zip_cases(cases, self._infos.read().model_dump_json(indent=2))
+        return zip_cases(self.datalist(), self._infos.read().model_dump_json(indent=2), limit_cases)
 
     def refresh(self) -> None:
         """Nothing to do: every answer is read from disk."""

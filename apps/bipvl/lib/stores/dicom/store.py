@@ -213,11 +213,7 @@ class DicomStore(Store):
         Raises:
             NotInStoreError: no case is labelled.
         """
-        cases = self.datalist()
-        if not cases:
-            raise NotInStoreError("no image has a final label yet: there is nothing to download")
-        cases = cases[:limit_cases] if limit_cases and limit_cases > 0 else cases
-        return zip_cases(cases, self._infos.read().model_dump_json(indent=2))
+        return zip_cases(self.datalist(), self._infos.read().model_dump_json(indent=2), limit_cases)
 
     # Changes ------------------------------------------------------------------------------------------------------
 
