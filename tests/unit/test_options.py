@@ -11,7 +11,7 @@ import pytest
 from lib.activelearning.scoring.methods import case_options, dice_options
 from lib.activelearning.strategies import SEED, next_case_options, strategies
 from lib.infers import BiPVLInfer
-from lib.infers.options import RESULT_SUFFIXES, batch_options, infer_options
+from lib.infers.options import RESULT_SUFFIXES, batch_options, click_options, infer_options, scribble_options
 from lib.model.nets.vision import BACKBONES
 from lib.model.versions import CheckpointError, Versions
 from lib.options import Choice, Device, Number, OptionTable, Switch, Text, boolean
@@ -156,6 +156,8 @@ def _tables() -> dict[str, OptionTable]:
     return {
         "Segmenting an image": infer,
         "Segmenting many images": batch_options(infer),
+        "Clicks": click_options(load_task("quickstart")),
+        "Scribbles": scribble_options(load_task("quickstart")),
         "Next Sample": next_case_options([]),
         "Scoring": OptionTable(*case_options([]).values()),
         "Scoring with `dice`": dice_options([""]),
