@@ -75,7 +75,7 @@ def refining(refiner: Refiner, settings: Settings) -> Any:
         mask = before == value
         found = Scene(
             label,
-            case.image[(slice(None), *box)],
+            case.image[:, box[0], box[1], box[2]],
             mask,
             case.margins[label].on(case.meta, box),
             mask,
@@ -150,7 +150,8 @@ def run_command(
             ]
             found = summary(works)
             print(json.dumps({"method": name, "user": who, **found}), flush=True)
-            run = {"name": f"{task.name} {checkpoint.stem} {on} {name} {who}", "task": task.name, "method": name}
+            run: dict[str, Any] = {"name": f"{task.name} {checkpoint.stem} {on} {name} {who}", "task": task.name}
+            run["method"] = name
             run |= {"user": who, "on": on, "patients": patients, "commit": commit(), "summary": found}
             records.put(results, run)
 

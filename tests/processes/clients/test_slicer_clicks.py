@@ -20,7 +20,7 @@ CLICKS, SCRIBBLES = "quickstart_clicks", "quickstart_scribbles"
 def server(tmp_path_factory: pytest.TempPathFactory, phantoms: Callable[..., None]) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("clicks")
     phantoms(folder / "studies", cases=2, labelled=0)
-    conf = {"models": "quickstart", "score_cases": 0}
+    conf = {"models": "quickstart", "score_cases": "0"}
     with Server(folder / "studies", folder / "models", conf) as running:
         yield running
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
+import nrrd
 import numpy as np
 import pytest
 
@@ -14,7 +15,7 @@ from lib.infers.interactive import ClickInfer, Images, Interaction, ScribbleInfe
 from lib.interaction.memory import Memory
 from lib.tasks import Task
 from lib.volumes.masks import write_mask
-from support.helpers import tiny_task, write_nifti
+from support.helpers import read_nifti, tiny_task, write_nifti
 
 SHAPE = (40, 36, 20)
 AFFINE = np.diag([-1.5, -1.5, 2.0, 1.0])
@@ -40,7 +41,7 @@ def click(
     interaction: Interaction, work: Work, label: str = "liver", **points: Any
 ) -> tuple[np.ndarray, dict[str, Any]]:
     file, result = ClickInfer(interaction).respond({"label": label, "device": "cpu", **points}, work)
-    mask = np.asarray(nib.load(file).dataobj)
+    mask = np.asarray(read_nifti(file).dataobj)
     file.unlink()
     return mask, result
 
@@ -129,7 +130,9 @@ def test_one_may_start_again_from_the_model(interaction: Interaction, work: Work
     assert result["mask_from"] == "the model's mask"
 
 
-def scene(labels: np.ndarray, inside: list[tuple[int, ...]], outside: list[tuple[int, ...]]) -> tuple[np.ndarray, Any]:
+def scene(
+    labels: np.ndarray, inside: Sequence[tuple[int, ...]], outside: Sequence[tuple[int, ...]]
+) -> tuple[np.ndarray, Any]:
     """A map as 3D Slicer exports it: segments in the order of its scene."""
     info = [
         {"name": n, "id": i}
@@ -154,7 +157,7 @@ def test_strokes_are_obeyed_and_the_map_they_came_in_is_the_mask(
     write_mask(tmp_path / "sent.nii.gz", sent, AFFINE, str(work.path), {})
     request = {"selected_label_name": "Liver", "label_info": info, "map": tmp_path / "sent.nii.gz", "device": "cpu"}
     file, result = ScribbleInfer(interaction).respond(request, work)
-    mask = np.asarray(nib.load(file).dataobj)
+    mask = np.asarray(read_nifti(file).dataobj)
     assert mask[13, 8, 8] and mask[14, 8, 8] and not mask[6, 6, 6] and mask[0:3, 30:33, 0:3].all()
     assert result["label"] == "liver" and result["mask_from"] == "the map with the scribbles"
     after = state(interaction, work)
@@ -211,8 +214,6 @@ def test_bad_scribbles_are_refused_and_change_nothing(interaction: Interaction, 
 
 
 def test_a_seg_nrrd_holds_all_labels_because_it_replaces_all_segments(interaction: Interaction, work: Work) -> None:
-    import nrrd
-
     start(interaction, work)
     request = {"label": "liver", "device": "cpu", "foreground": [[15, 8, 8]], "result_extension": ".seg.nrrd"}
     file, _ = ClickInfer(interaction).respond(request, work)
@@ -229,7 +230,7 @@ def test_the_mask_s_own_pass_is_enough_for_the_first_click(
         made=lambda *made: interaction.remember(work, *made),
     )
     assert file is not None
-    shown = np.asarray(nib.load(file).dataobj)
+    shown = np.asarray(read_nifti(file).dataobj)
     assert np.array_equal(state(interaction, work), shown)
     monkeypatch.setattr(engine, "predict", lambda *_: pytest.fail("a window was computed again"))
     _, result = click(interaction, work, foreground=[[15, 8, 8]])

@@ -57,7 +57,7 @@ def test_what_was_drawn_outweighs_the_model() -> None:
     assert respect(margin, mask, 1.0).tolist() == [3.0, -3.0, -1.0, 1.0]
 
 
-def ball(shape: tuple[int, int, int], centre: tuple[int, int, int], radius: float) -> np.ndarray:
+def ball(shape: tuple[int, ...], centre: tuple[int, int, int], radius: float) -> np.ndarray:
     grid = np.indices(shape) - np.reshape(centre, (3, 1, 1, 1))
     return (grid**2).sum(0) <= radius**2
 

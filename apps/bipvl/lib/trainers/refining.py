@@ -73,7 +73,7 @@ def scene(case: Segmented, choose: np.random.Generator) -> Scene | None:
     box = boxes.around(places[[choose.integers(len(places))]], REACH, case.spacing, shape)
     mask = margin[box] > 0
     others = (case.truth[box] != value) & (case.truth[box] > 0) & ~mask
-    image = case.image[(slice(None), *box)]
+    image = case.image[:, box[0], box[1], box[2]]
     return Scene(
         label, image, truth[box], margin[box], mask, others, case.features_in(box), case.spacing, case.text[label]
     )
