@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,23 @@ def task() -> Task:
     return tiny_task(patch=(48, 48, 48), model={"vision": "unet", "feature_size": 4})
 
 
-@pytest.fixture
-def work(tmp_path: Path) -> Work:
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
     values = np.random.default_rng(0).integers(-50, 200, SHAPE).astype(np.int16)
-    return Work("ann", "a", write_nifti(tmp_path / "a.nii.gz", values, AFFINE))
+    return Work("ann", "a", write_nifti(tmp_path_factory.mktemp("image") / "a.nii.gz", values, AFFINE))
+
+
+@pytest.fixture(scope="module")
+def engine(task: Task, tmp_path_factory: pytest.TempPathFactory) -> BiPVLInfer:
+    """It segments the image once for all tests."""
+    found = BiPVLInfer(task, tmp_path_factory.mktemp("models"))
+    found.predict = functools.cache(found.predict)  # type: ignore[method-assign]
+    return found
 
 
 @pytest.fixture
-def interaction(task: Task, tmp_path: Path) -> Interaction:
-    return Interaction(BiPVLInfer(task, tmp_path / "m"), Memory(), Images())
+def interaction(engine: BiPVLInfer) -> Interaction:
+    return Interaction(engine, Memory(), Images())
 
 
 def click(
