@@ -32,8 +32,8 @@ from lib.interaction.regions import put
 from lib.interaction.respond import REACH, respond
 from lib.model import checkpoints
 from lib.model.nets.refiner import Refiner
-from lib.trainers.refining import Scene, answered, train_refiner
-from lib.trainers.segmented import Segmented
+from lib.trainers.refiner.cases import Segmented
+from lib.trainers.refiner.training import Scene, answered, train_refiner
 
 RESULTS = records.RESULTS / "interaction.jsonl"
 WORK = Path.home() / ".cache" / "bipvl-accuracy"

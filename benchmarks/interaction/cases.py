@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from benchmarks.accuracy.data import Preprocessed
 from lib.model.nets import BiPVLSeg
 from lib.tasks import Task
-from lib.trainers.segmented import Segmented, segmented
+from lib.trainers.refiner.cases import Segmented, segmented
 
 
 def prepare(model: BiPVLSeg, task: Task, cases: Sequence[dict[str, str]], volumes: Preprocessed) -> Iterator[Segmented]:

@@ -13,7 +13,7 @@ from scipy import ndimage
 from lib.interaction.prompts import Prompts
 from lib.interaction.regions import NEIGHBOURS
 from lib.interaction.robot import Correction, click, scribble
-from lib.trainers.segmented import Segmented
+from lib.trainers.refiner.cases import Segmented
 
 USERS = ("precise", "sloppy", "scribbles")
 Answer = Callable[[Segmented, str, int, np.ndarray, Prompts], np.ndarray]  # case, label, value, map before, all prompts

@@ -27,7 +27,7 @@ from lib.interaction.regions import obey
 from lib.interaction.respond import REACH
 from lib.interaction.robot import Correction, click, scribble
 from lib.model.nets.refiner import Refiner
-from lib.trainers.segmented import Segmented
+from lib.trainers.refiner.cases import Segmented
 
 ROUNDS = 5  # most corrections of one simulation
 NOISE = 3.0  # log odds, most of the smooth noise

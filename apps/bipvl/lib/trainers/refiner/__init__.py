@@ -1,0 +1,1 @@
+"""The second stage: a refiner, trained by simulated corrections on what the frozen network found."""
