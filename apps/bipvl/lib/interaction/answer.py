@@ -32,7 +32,7 @@ class Settings:
     reach: Reach | None = field(default_factory=Reach)
     pull: float = 0.0
     fade: float = 15.0
-    smooth: float = 0.0
+    smooth: float = 0.5
     spread: float = 0.5
     drawn: float = 1.0
 
