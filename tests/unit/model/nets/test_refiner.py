@@ -32,7 +32,7 @@ def test_before_training_it_adds_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "spacing"), [((9, 8, 7), (1, 1, 1)), ((17, 5, 1), (1, 1, 8)), ((1, 1, 1), (1, 1, 1))]
+    ("shape", "spacing"), [((9, 8, 7), (1, 1, 1)), ((17, 5, 1), (1, 1, 8)), ((5, 2, 3), (1, 1, 1))]
 )
 def test_any_box_gets_an_answer_of_its_size(shape: tuple[int, ...], spacing: tuple[float, ...]) -> None:
     found = trained()(*inputs(*shape), spacing)
