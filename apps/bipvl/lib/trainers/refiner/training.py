@@ -24,7 +24,6 @@ from lib.interaction.evidence import Reach, evidence, scaled
 from lib.interaction.guidance import guidance
 from lib.interaction.prompts import Prompts
 from lib.interaction.regions import obey
-from lib.interaction.respond import REACH
 from lib.interaction.robot import Correction, click, scribble
 from lib.model.nets.refiner import Refiner
 from lib.trainers.refiner.cases import Segmented
@@ -32,6 +31,7 @@ from lib.trainers.refiner.cases import Segmented
 ROUNDS = 5  # most corrections of one simulation
 NOISE = 3.0  # log odds, most of the smooth noise
 GRAIN = (4.0, 15.0)  # mm, of its bumps
+HALF = 14.0  # mm around an error that a simulation sees; answers see more (`lib.interaction.respond.REACH`)
 LEARNING_RATE = 1e-3
 WARM_UP = 0.05
 DRAWN = 1.0  # as of the answer's settings
@@ -70,7 +70,7 @@ def scene(case: Segmented, choose: np.random.Generator) -> Scene | None:
         return None
     part = choose.choice(count, p=np.where(sizes >= FEWEST, sizes, 0) / sizes[sizes >= FEWEST].sum()) + 1
     places = np.argwhere(parts == part)
-    box = boxes.around(places[[choose.integers(len(places))]], REACH, case.spacing, shape)
+    box = boxes.around(places[[choose.integers(len(places))]], HALF, case.spacing, shape)
     mask = margin[box] > 0
     others = (case.truth[box] != value) & (case.truth[box] > 0) & ~mask
     image = case.image[:, box[0], box[1], box[2]]
