@@ -1,6 +1,6 @@
 """Robot users on labelled patients: what clicks and scribbles are worth.
 
-python -m benchmarks.interaction run CHECKPOINT --data FOLDER --method stamp --user precise
+python -m benchmarks.interaction run CHECKPOINT --data FOLDER --method evidence --user precise
 python -m benchmarks.interaction tables
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,13 +38,12 @@ RESULTS = records.RESULTS / "interaction.jsonl"
 WORK = Path.home() / ".cache" / "bipvl-accuracy"
 AFTER = (0, 1, 3, 5, 10)
 METHODS: dict[str, Settings] = {
-    "default": Settings(),
-    "cut": Settings(reach=None, smooth=2.0),
-    "refit": Settings(reach=None, pull=0.1),
-    "stamp and cut": replace(Settings(), smooth=2.0),
-    "refit and cut": Settings(reach=None, pull=0.1, smooth=2.0),
-    "stamp and refit": replace(Settings(), pull=0.1),
-    "euclidean stamp": Settings(reach=Reach(intensity=0.0)),
+    "evidence and cut": Settings(),
+    "evidence": Settings(smooth=0.0),
+    "cut": Settings(reach=None),
+    "re-fit": Settings(reach=None, pull=10.0, fade=6.0, smooth=0.0),
+    "all three": Settings(pull=10.0, fade=6.0),
+    "evidence by distance alone": Settings(reach=Reach(intensity=0.0), smooth=0.0),
 }
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
