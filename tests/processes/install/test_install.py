@@ -101,8 +101,12 @@ def test_unknown_command_lists_the_valid_ones(workplace: Workplace) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("quickstart", "--prot", "1"), "unknown option --prot; valid are --studies DIR and --port PORT"),
+        (
+            ("quickstart", "--prot", "1"),
+            "unknown option --prot; valid are --example NAME, --studies DIR and --port PORT",
+        ),
         (("quickstart", "--port"), "--port needs a value"),
+        (("quickstart", "--example", "brain"), "--example brain: valid are hippocampus and phantom"),
         (("quickstart", "--port", "80x"), "--port 80x: a number from 1 to 65535"),
         (("quickstart", "--port=70000"), "--port 70000: a number from 1 to 65535"),
         (("check", "--fxi"), "unknown option --fxi; valid is --fix"),
@@ -216,7 +220,7 @@ def test_quickstart_serves_a_users_own_folder_as_it_is(workplace: Workplace) -> 
     (scans / "scan.nii.gz").write_bytes(b"")
     result = workplace.run("quickstart", "--studies", "own scans", "--port", port)
     assert result.returncode == 0, result.stderr
-    assert "<lib.volumes.phantoms.studies>" not in result.stdout
+    assert "<lib.app.examples>" not in result.stdout
     assert f"<{scans}>" in result.stdout and f"<{port}>" in result.stdout
     assert [p.name for p in scans.iterdir()] == ["scan.nii.gz"]
 
@@ -228,8 +232,13 @@ def test_quickstart_fills_a_new_folder(workplace: Workplace) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    result = workplace.run("quickstart", "--studies=new", f"--port={port}")
-    assert "<lib.volumes.phantoms.studies>\n<new>" in result.stdout
+    for options, example, task in (
+        ((), "hippocampus", "hippocampus-mr"),
+        (("--example", "phantom"), "phantom", "quickstart"),
+    ):
+        result = workplace.run("quickstart", "--studies=new", f"--port={port}", *options)
+        assert f"<lib.app.examples>\n<{example}>\n<new>" in result.stdout
+        assert f"<--conf>\n<models>\n<{task}>" in result.stdout
 
 
 def test_unsuitable_python_is_named(workplace: Workplace) -> None:
