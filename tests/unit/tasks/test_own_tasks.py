@@ -114,6 +114,15 @@ def test_misspelt_key_of_a_label(own):
     assert "labels.liver.color: required key is missing" in message
 
 
+def test_the_part_of_a_structure_is_one_that_dicom_can_say(own):
+    labels = shipped_labels()
+    labels["liver"]["snomed"]["part"] = "posterior"
+    assert load_task(own({"labels": labels})).labels["liver"].snomed.part == "posterior"
+    labels["liver"]["snomed"]["part"] = "back"
+    message = error_of(own({"labels": labels}))
+    assert "labels.liver.snomed.part" in message and "'anterior' or 'posterior'" in message
+
+
 def test_misspelt_key_of_the_concepts_file(own):
     texts = shipped_texts()
     texts["liver"]["sentence"] = texts["liver"].pop("sentences")

@@ -8,7 +8,7 @@ import pytest
 
 from lib.tasks import TASKS_DIR, list_tasks, load_task, task_from_dict
 
-SHIPPED = ("acdc-mr", "amos22-ct", "mmwhs-ct", "mmwhs-mr", "msd-brain", "quickstart")
+SHIPPED = ("acdc-mr", "amos22-ct", "hippocampus-mr", "mmwhs-ct", "mmwhs-mr", "msd-brain", "quickstart")
 MMWHS = {
     "left ventricle": (1, 500),
     "right ventricle": (2, 600),
@@ -40,7 +40,7 @@ AMOS = (
 # What ships
 
 
-def test_the_shipped_tasks_are_these_six():
+def test_the_shipped_tasks_are_these_seven():
     assert tuple(list_tasks()) == SHIPPED
 
 
@@ -135,12 +135,14 @@ def test_preprocessing_is_that_of_the_paper(name, spacing, intensity, channels):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_no_task_with_sides_is_flipped_left_to_right(name):
     task = load_task(name)
-    assert bool(task.lateralised) == (name != "msd-brain")
-    assert ("left-right" in task.augmentation.flip) == (name == "msd-brain")
+    sideless = name in ("hippocampus-mr", "msd-brain")
+    assert bool(task.lateralised) != sideless
+    assert ("left-right" in task.augmentation.flip) == sideless
 
 
-def test_quickstart_needs_no_download():
-    assert load_task("quickstart").model.text == "scratch"
+@pytest.mark.parametrize("name", ["hippocampus-mr", "quickstart"])
+def test_the_quickstart_needs_no_download(name):
+    assert load_task(name).model.text == "scratch"
 
 
 @pytest.mark.parametrize("name", SHIPPED)

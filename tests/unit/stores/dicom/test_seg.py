@@ -86,6 +86,17 @@ def test_segments_say_what_they_are(mask: np.ndarray, volume: Volume, amos: Task
     np.testing.assert_allclose([lightness / 655.35, a / 257 - 128, b / 257 - 128], [40.59, 28.24, 39.53], atol=0.05)
 
 
+def test_parts_of_a_structure_are_modifiers_too(mask: np.ndarray, volume: Volume) -> None:
+    changes = {"labels.posterior hippocampus.snomed.laterality": "left", "augmentation.flip": []}
+    task = load_task("hippocampus-mr", changes)
+    segments = written(np.where(mask == 6, 1, np.minimum(mask, 2)), volume, task).SegmentSequence
+    types = [s.SegmentedPropertyTypeCodeSequence[0] for s in segments]
+    assert [t.CodeValue for t in types] == ["5366008", "5366008"]
+    modifiers = [[(m.CodeValue, m.CodeMeaning) for m in t.SegmentedPropertyTypeModifierCodeSequence] for t in types]
+    side, anterior, posterior = ("7771000", "Left"), ("255549009", "Anterior"), ("255551008", "Posterior")
+    assert modifiers == [[anterior], [side, posterior]]
+
+
 def test_it_refers_to_its_series(mask: np.ndarray, volume: Volume, amos: Task) -> None:
     ds, first = written(mask, volume, amos), volume.headers[0]
     for name in ("StudyInstanceUID", "FrameOfReferenceUID", "PatientID", "StudyDate"):
