@@ -10,7 +10,6 @@ from benchmarks.accuracy.settings import Run
 from benchmarks.shipped_model import HIPPOCAMPUS, SHIPPED, as_published, dice, examples, person, ship, unseen_people
 from lib.model import checkpoints
 from lib.model.versions import Versions
-from lib.tasks import load_task
 from lib.volumes.metrics import Row
 from support.helpers import checkpoint, tiny_task
 

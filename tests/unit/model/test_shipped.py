@@ -1,16 +1,21 @@
-"""The model that the quickstart starts with: when it is used, and that it fits."""
+"""The models that come with the app: when they are used, that they fit, and what a first mask is worth."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
 from lib.files import sha256
+from lib.infers import BiPVLInfer
 from lib.model import checkpoints, shipped
 from lib.model.shipped import start_from_shipped
 from lib.model.versions import Versions
 from lib.tasks import load_task
-from support.helpers import checkpoint, tiny_task
+from lib.volumes import metrics
+from support.helpers import checkpoint, read_nifti, tiny_task
 
-FILE = shipped.FOLDER / "quickstart.pt"
+MODELS = {"hippocampus-mr": "unseen people", "quickstart": "phantoms"}  # and what they were scored on
 
 
 @pytest.fixture(scope="module")
@@ -73,16 +78,62 @@ def test_a_folder_that_cannot_be_written_does_not_stop_the_start(folder, tmp_pat
     assert "the shipped model cannot be used" in caplog.text
 
 
-# The shipped file itself ----------------------------------------------------------------------------------------------
+# The shipped files themselves -----------------------------------------------------------------------------------------
 
 
-def test_the_shipped_model_fits_the_quickstart(tmp_path):
-    assert FILE.stat().st_size <= 25e6
-    store = Versions(tmp_path / "quickstart")
-    assert start_from_shipped(load_task("quickstart"), store) == 1
+def test_every_shipped_model_is_tested():
+    assert {path.stem for path in shipped.FOLDER.glob("*.pt")} == set(MODELS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_shipped_model_fits_its_task_and_its_card(name, tmp_path):
+    file, store = shipped.FOLDER / f"{name}.pt", Versions(tmp_path / name)
+    assert file.stat().st_size <= 25e6
+    assert start_from_shipped(load_task(name), store) == 1
     manifest = store.manifest(1)
-    assert not any(case.startswith("phantom") for case in manifest["seen"]), "ids of its cases are not a user's"
-    card = FILE.with_name("README.md").read_text()
-    for name, dice in manifest["metrics"]["held_out"]["phantoms"].items():
-        assert f"| {name} | {dice:.2f} |" in card, "the card says what was measured"
-    assert sha256(FILE)[:12] in card
+    assert manifest["concepts"] == load_task(name).concepts.hash, "it was trained with these sentences"
+    card = file.with_suffix(".md").read_text()
+    for label, dice in manifest["metrics"]["held_out"][MODELS[name]].items():
+        assert f"| {label} | {dice:.2f} |" in card, "the card says what was measured"
+    assert sha256(file)[:12] in card
+
+
+def test_no_unlabelled_example_was_seen():
+    seen = {name: set(checkpoints.load(shipped.FOLDER / f"{name}.pt")["manifest"]["seen"]) for name in MODELS}
+    assert not any(case.startswith("phantom") for case in seen["quickstart"]), "ids of its cases are not a user's"
+    folder = shipped.FOLDER / "hippocampus-mr"
+    images, labels = ({path.name.split(".")[0] for path in (folder / k).iterdir()} for k in ("images", "labels"))
+    assert labels <= seen["hippocampus-mr"] and not (images - labels) & seen["hippocampus-mr"]
+
+
+@pytest.fixture(scope="module")
+def hippocampus(tmp_path_factory):
+    """Masks of two unlabelled examples, as the first version draws them: by the file's name."""
+    task = load_task("hippocampus-mr")
+    engine = BiPVLInfer(task, tmp_path_factory.mktemp("models") / task.name)
+    assert start_from_shipped(task, engine.versions) == 1
+    folder = shipped.FOLDER / task.name
+    labelled = {path.name for path in (folder / "labels").iterdir()}
+    masks = {}
+    for image in [path for path in sorted((folder / "images").iterdir()) if path.name not in labelled][:2]:
+        mask, result = engine({"image": str(image), "device": "cpu"})
+        assert (result["model_version"], result["warnings"]) == (1, [])
+        masks[image.name] = Path(mask)
+    yield masks
+    for mask in masks.values():
+        mask.unlink()
+
+
+def test_the_first_masks_of_the_quickstart_show_both_parts(hippocampus):
+    for mask in hippocampus.values():
+        voxels = np.bincount(np.asarray(read_nifti(mask).dataobj).ravel().astype(int), minlength=3)
+        assert len(voxels) == 3 and 700 < voxels[1] < 3500 and 700 < voxels[2] < 3500, "mm³, as in people"
+
+
+def test_the_first_masks_of_the_quickstart_are_those_of_an_expert(hippocampus, real_data):
+    labels = real_data / "hippocampus_mr_msd" / "labels"
+    if not labels.is_dir():
+        pytest.skip(f"{labels} is not there")
+    for name, mask in hippocampus.items():
+        rows = metrics.evaluate_case(load_task("hippocampus-mr"), mask, labels / name, name)
+        assert min(row.dice for row in rows) >= 0.8, rows
