@@ -23,7 +23,9 @@ from lib.volumes.transforms import apply, augment, load
 
 SPLIT_SEED = 2025  # the same split for every model and every seed
 SHARES = (40, 8, 12)  # of 60: training, validation, test
-SPLITS = {"hippocampus-mr": (120, 22, 60)}  # of a task whose split has other shares
+# Of a task whose split has other shares. Its crops count as patients, but two may be of one person: 11 of the 60 test
+# crops have their twin in the other parts (`benchmarks.shipped_model.person`).
+SPLITS = {"hippocampus-mr": (120, 22, 60)}
 
 
 @dataclass(frozen=True)
