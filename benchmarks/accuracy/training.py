@@ -179,18 +179,20 @@ def train(
     curves: dict[str, list] = {}
     window: list[dict[str, float]] = []
     every = max(1, steps // POINTS)
-    done = 0
+    done, random = 0, None
     parts_of_state = {"network": network, "optimizer": optimizer, "schedule": schedule}
     if state and state.is_file():
         kept = torch.load(state, map_location=device, weights_only=True)
         for name, part in parts_of_state.items():
             part.load_state_dict(kept[name])
         done, curves, window = kept["step"], kept["curves"], kept["window"]
-        torch.set_rng_state(kept["random"].cpu())
+        random = kept["random"].cpu()
         print(f"goes on after step {done}", flush=True)
     saved = time.monotonic()
-    left = Subset(patches, range(done, steps))
-    for step, batch in enumerate(DataLoader(left, batch_size=None, num_workers=workers), done + 1):
+    left = iter(DataLoader(Subset(patches, range(done, steps)), batch_size=None, num_workers=workers))
+    if random is not None:
+        torch.set_rng_state(random)  # the loader has drawn a number
+    for step, batch in enumerate(left, done + 1):
         network.train()
         optimizer.zero_grad(set_to_none=True)
         with precision(device, kind):

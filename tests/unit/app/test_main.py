@@ -39,10 +39,21 @@ def test_app_offers_a_model_and_a_trainer_a_task(tmp_path, caplog):
     (tmp_path / "studies" / "p1" / "x.nii.gz").touch()
     app = BiPVLApp(str(ROOT / "apps" / "bipvl"), str(tmp_path / "studies"), {"model_dir": str(tmp_path / "models")})
     info = app.info()
-    assert list(info["models"]) == list(info["trainers"]) == ["quickstart"]
+    assert list(info["models"]) == ["quickstart", "quickstart_clicks", "quickstart_scribbles"]
+    assert list(info["trainers"]) == ["quickstart"]
     assert info["models"]["quickstart"]["config"]["model_version"] == ["served"]
     assert "no images: there are images in sub folders, e.g. p1/x.nii.gz" in caplog.text
     assert info["labels"] == ["liver", "spleen", "left kidney", "right kidney", "aorta", "spine"]
+
+
+def test_clicks_and_scribbles_can_be_left_out(tmp_path):
+    (tmp_path / "studies").mkdir()
+    conf = {"model_dir": str(tmp_path / "models"), "interaction": "false"}
+    assert list(BiPVLApp(str(ROOT / "apps" / "bipvl"), str(tmp_path / "studies"), conf).info()["models"]) == [
+        "quickstart"
+    ]
+    with pytest.raises(TaskError, match="--conf interaction: expected true or false, got 'perhaps'"):
+        BiPVLApp(str(ROOT / "apps" / "bipvl"), str(tmp_path / "studies"), {**conf, "interaction": "perhaps"})
 
 
 def test_info_says_what_counts_for_nothing(tmp_path, caplog):

@@ -46,7 +46,7 @@ def test_thick_slices_are_not_halved_while_they_are_thick() -> None:
     changed = guidance.clone()
     changed[..., 0] += 1
     for norm in (module for module in refiner.modules() if isinstance(module, torch.nn.GroupNorm)):
-        norm.forward = lambda x: x  # type: ignore[method-assign]  # statistics of the whole box reach everywhere
+        norm.forward = lambda input: input  # type: ignore[method-assign]  # statistics of the whole box reach everywhere
     reached = {}
     for thickness in (1.0, 8.0):
         difference = refiner(changed, features, text, (1, 1, thickness)) - refiner(
