@@ -120,8 +120,8 @@ def hippocampus(tmp_path_factory):
         assert (result["model_version"], result["warnings"]) == (1, [])
         masks[image.name] = Path(mask)
     yield masks
-    for mask in masks.values():
-        mask.unlink()
+    for path in masks.values():
+        path.unlink()
 
 
 def test_the_first_masks_of_the_quickstart_show_both_parts(hippocampus):
