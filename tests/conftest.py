@@ -31,6 +31,7 @@ LONGEST = (
     "processes/test_faults.py",
     "processes/web/test_web_schema.py",
     "browser/test_ohif_loop.py",
+    "browser/test_ohif_clicks.py",
     "processes/test_scoring_server.py",
     "processes/clients/test_load.py",
     "processes/install/test_deployment.py",

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from lib.infers import BiPVLInfer
-from lib.infers.interactive import ClickInfer, Images, Interaction, ScribbleInfer, Work
+from lib.infers.images import Images
+from lib.infers.interactive import ClickInfer, Interaction, ScribbleInfer, Work
 from lib.interaction.memory import Memory
 from lib.tasks import Task
 from lib.volumes.masks import write_mask

@@ -24,10 +24,12 @@ from lib.app.web.install import install
 from lib.app.web.sessions import Sessions
 from lib.files import FINAL, ORIGINAL
 from lib.infers import BatchInfer, BiPVLInfer, InteractiveInfer
-from lib.infers.interactive import ClickInfer, Images, Interaction, ScribbleInfer, Work
-from lib.interaction.memory import Memory
+from lib.infers.images import Images
+from lib.infers.interactive import ClickInfer, Interaction, ScribbleInfer, Work
+from lib.interaction.memory import Memory, OutdatedError
 from lib.model.allocator import keep_freed_memory
 from lib.model.checkpoints import CheckpointError
+from lib.model.predict import Watch
 from lib.model.shipped import start_from_shipped
 from lib.options import boolean
 from lib.stores.dicom.store import DicomStore
@@ -203,17 +205,22 @@ class BiPVLApp(MONAILabelApp):
             self.leases.release(image_id)
 
     def infer(
-        self, request: dict[str, Any], datastore: Store | None = None, person: str | None = None
+        self,
+        request: dict[str, Any],
+        datastore: Store | None = None,
+        person: str | None = None,
+        watch: Watch | None = None,
     ) -> dict[str, Any]:
         """Segment an image of the datastore, never another file. What a user got wrong is an answer that says so.
 
         Args:
             person: who gets the mask, and may go on with clicks.
+            watch: told how it goes.
         """
         store = datastore or self.datastore()
         image = known_image(store, str(request.get("image")))
         path = Path(store.get_image_uri(image))
-        result = self.infer_file(request, path, None if person is None else Work(person, image, path))
+        result = self.infer_file(request, path, None if person is None else Work(person, image, path), watch)
         params, mask = result["params"], Path(result["file"])
         try:
             store.propose(image, request["model"], params["model_version"], mask)
@@ -244,7 +251,9 @@ class BiPVLApp(MONAILabelApp):
         finally:
             Path(file).unlink(missing_ok=True)
 
-    def infer_file(self, request: dict[str, Any], path: Path, work: Work | None = None) -> dict[str, Any]:
+    def infer_file(
+        self, request: dict[str, Any], path: Path, work: Work | None = None, watch: Watch | None = None
+    ) -> dict[str, Any]:
         """Segment a file or a DICOM folder that is not in the datastore. The caller removes the result's `file` and
         what its `uncertainty_map` names."""
         model = str(request.get("model"))
@@ -254,21 +263,25 @@ class BiPVLApp(MONAILabelApp):
         made = partial(clicks.interaction.remember, work) if clicks and work else None
         try:
             with self.turns.request():
-                file, params = self.models[model]({**request, "image": str(path)}, made=made)
+                file, params = self.models[model]({**request, "image": str(path)}, made=made, watch=watch)
         except CheckpointError:
             raise  # it says whose fault it is
         except ValueError as error:
             raise HTTPException(400, str(error)) from error
+        if clicks and work:
+            params["mask_state"] = clicks.interaction.state(work)
         return {"label": file, "file": file, "tag": ORIGINAL, "params": params}
 
-    def interact(self, request: dict[str, Any], work: Work) -> dict[str, Any]:
+    def interact(self, request: dict[str, Any], work: Work, watch: Watch | None = None) -> dict[str, Any]:
         """Answer a person's clicks or scribbles. The caller removes the result's `file`."""
         task = self.interactions[str(request.get("model"))]
         try:
             with self.turns.request():
-                file, params = task.respond(request, work)
+                file, params = task.respond(request, work, watch)
         except CheckpointError:
             raise
+        except OutdatedError as error:
+            raise HTTPException(409, str(error)) from error
         except ValueError as error:
             raise HTTPException(400, str(error)) from error
         return {"label": str(file), "file": str(file), "tag": ORIGINAL, "params": params}

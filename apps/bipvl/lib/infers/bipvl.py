@@ -12,7 +12,7 @@ from lib.infers.models import Loaded, Models
 from lib.infers.options import Options, infer_options
 from lib.infers.segmentation import Made, Segmentation, label_info
 from lib.model.nets import BiPVLSeg
-from lib.model.predict import Prediction, predict
+from lib.model.predict import Prediction, Watch, predict
 from lib.model.versions import Versions
 from lib.options import OptionTable
 from lib.tasks import Task, TaskError
@@ -68,12 +68,17 @@ class BiPVLInfer(InferInterface):
     # The request --------------------------------------------------------------------------------------------------
 
     def __call__(
-        self, request: dict[str, Any], callbacks: dict | None = None, made: Made | None = None
+        self,
+        request: dict[str, Any],
+        callbacks: dict | None = None,
+        made: Made | None = None,
+        watch: Watch | None = None,
     ) -> tuple[str | None, dict[str, Any]]:
         """Run one request.
 
         Args:
             made: hears of the mask and of what it was made from.
+            watch: told how it goes.
 
         Raises:
             ValueError: an option or an image that cannot be used; the message says what and what is valid.
@@ -95,10 +100,10 @@ class BiPVLInfer(InferInterface):
         if task.model.head == "text" and task.training.drop_classes > 0:
             task = task.only(options.classes)
         warnings = [*loaded.warnings, *self._other_text(loaded)]
-        return Segmentation(options, loaded, task, self.task, warnings, made)(chosen, callbacks)
+        return Segmentation(options, loaded, task, self.task, warnings, made, watch)(chosen, callbacks)
 
     def predict(
-        self, path: Path, version: int | None, device: str
+        self, path: Path, version: int | None, device: str, watch: Watch | None = None
     ) -> tuple[Loaded, Prediction, Mapping[str, Any], np.ndarray]:
         """Segment a file with a version, None for the served one, with all defaults: what answers, what it found, where
         that lies (`lib.volumes.transforms.restore`) and the mask (H, W, D) on the grid of the file.
@@ -108,7 +113,7 @@ class BiPVLInfer(InferInterface):
         """
         loaded = self.models.get(version, name_to_device(device))
         data = apply(load(loaded.task, label=False), {"image": str(path)})
-        prediction = predict(loaded.model, data["image"], loaded.task)
+        prediction = predict(loaded.model, data["image"], loaded.task, watch=watch)
         return loaded, prediction, data["image"].meta, restore(prediction.probabilities, data["image"], loaded.task)
 
     def _other_text(self, loaded: Loaded) -> list[str]:

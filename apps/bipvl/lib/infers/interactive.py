@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +12,17 @@ import numpy as np
 
 from lib.files import temporary_file
 from lib.infers.bipvl import BiPVLInfer
+from lib.infers.images import Images
 from lib.infers.options import click_options, scribble_options
 from lib.infers.segmentation import label_info
+from lib.interaction import boxes
 from lib.interaction.answer import Settings
+from lib.interaction.boxes import Box
 from lib.interaction.margins import margins
-from lib.interaction.memory import Change, Kept, Key, Memory, Session
+from lib.interaction.memory import Change, Kept, Key, Memory, OutdatedError, Session
 from lib.interaction.prompts import Prompts
 from lib.interaction.respond import respond
-from lib.model.predict import Prediction
+from lib.model.predict import Prediction, Watch
 from lib.options import OptionTable
 from lib.stores.uploads.checks import check_label_file
 from lib.stores.uploads.names import named_values, to_task_values, whole_numbers
@@ -31,7 +32,7 @@ from lib.volumes.masks import write_mask
 from lib.volumes.reading import align_label, read_volume
 
 INSIDE, OUTSIDE = "foreground_scribbles", "background_scribbles"  # segments that 3D Slicer's panel paints on
-IMAGE_BYTES = 512 * 2**20  # of images kept in memory; the last one stays in any case
+LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM's millimetres, and NIfTI's
 META = ("affine", "original_affine", "spatial_shape")
 
 
@@ -46,33 +47,6 @@ class Work:
     image: str
     path: Path
     label: Path | None = None
-
-
-class Images:
-    """The images that people click on, as their files hold them: reading one takes longer than an answer."""
-
-    def __init__(self, limit: int = IMAGE_BYTES) -> None:
-        self._limit = limit
-        self._kept: OrderedDict[tuple[Any, ...], tuple[np.ndarray, np.ndarray]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
-        """Intensities (channels, H, W, D) in half precision, and the affine (4, 4) from voxels to mm (RAS+)."""
-        stat = path.stat()
-        key = (str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        with self._lock:
-            if key in self._kept:
-                self._kept.move_to_end(key)
-                return self._kept[key]
-        volume = read_volume(path)
-        values = volume.numpy()
-        most = float(np.abs(values).max()) or 1.0
-        found = (values / most * 1000).astype(np.float16), volume.affine.numpy()
-        with self._lock:
-            self._kept[key] = found
-            while len(self._kept) > 1 and sum(image.nbytes for image, _ in self._kept.values()) > self._limit:
-                self._kept.popitem(last=False)
-        return found
 
 
 class Interaction:
@@ -106,14 +80,27 @@ class Interaction:
         session = Session(version, kept, margins(prediction.probabilities, task), Kept(labels), "your last mask")
         self.memory.put(self.key(work), session)
 
-    def session(self, work: Work, label: str, device: str, afresh: bool) -> tuple[Session, list[str]]:
-        """The person's session, one that knows how sure the model was of the label; and warnings."""
+    def state(self, work: Work) -> str | None:
+        """What tells the mask that the server keeps from others; None if it keeps none."""
+        session = self.memory.get(self.key(work))
+        return session.state if session else None
+
+    def session(
+        self, work: Work, label: str, device: str, afresh: bool, state: str = "", watch: Watch | None = None
+    ) -> tuple[Session, list[str]]:
+        """The person's session, one that knows how sure the model was of the label; and warnings.
+
+        Raises:
+            OutdatedError: it is not in this `state`, if one is named.
+        """
         session = None if afresh else self.memory.get(self.key(work))
+        if state and (session is None or session.state != state):
+            raise OutdatedError
         warnings = []
         if session is None or label not in session.margins:
-            started = self._start(work, device, session.version if session else None, afresh)
+            started = self._start(work, device, session.version if session else None, afresh, watch)
             if session is not None:
-                started.labels, started.origin = session.labels, session.origin
+                started.labels, started.origin, started.state = session.labels, session.origin, session.state
             session = started
             self.memory.put(self.key(work), session)
         if (served := self.engine.served()) != session.version:
@@ -123,9 +110,9 @@ class Interaction:
             )
         return session, warnings
 
-    def _start(self, work: Work, device: str, version: int | None, afresh: bool) -> Session:
+    def _start(self, work: Work, device: str, version: int | None, afresh: bool, watch: Watch | None) -> Session:
         """One pass of the model."""
-        loaded, prediction, meta, labels = self.engine.predict(work.path, version, device)
+        loaded, prediction, meta, labels = self.engine.predict(work.path, version, device, watch)
         origin = "the model's mask"
         if work.label is not None and not afresh:
             labels, origin = self._submitted(work.label, work.path), "the submitted label"
@@ -137,7 +124,9 @@ class Interaction:
         session = self.memory.get(self.key(work))
         if session is not None and work.label is not None:
             with session.lock:
-                session.set(self._submitted(work.label, work.path), "the submitted label")
+                labels = self._submitted(work.label, work.path)
+                if not np.array_equal(labels, session.labels.full()):
+                    session.set(labels, "the submitted label")
 
     def _submitted(self, label: Path, image: Path) -> np.ndarray:
         volume = align_label(read_volume(label), read_volume(image))
@@ -164,15 +153,36 @@ class Interaction:
         others = {value: name for value, name in names.items() if name not in strokes}
         return to_task_values(plain, others, self.task).astype(self._type), Prompts.of_maps(inside, outside)
 
+    def map(self, file: Path, info: Any, work: Work) -> np.ndarray:
+        """A label map without strokes, in the task's values.
+
+        Raises:
+            ValueError: another grid, or a label that nobody knows.
+        """
+        whole = whole_numbers(check_label_file(file, work.path, work.image).numpy())[0]
+        return to_task_values(whole, named_values(info), self.task).astype(self._type)
+
+    def to_voxels(self, work: Work) -> np.ndarray:
+        """(4, 4), from DICOM's millimetres (LPS+) to voxels of the image."""
+        return np.linalg.inv(LPS @ self.images.get(work.path)[1])
+
     def answer(
-        self, session: Session, label: str, labels: np.ndarray, prompts: Prompts, work: Work
+        self,
+        session: Session,
+        label: str,
+        labels: np.ndarray,
+        prompts: Prompts,
+        work: Work,
+        limits: Box | None,
+        kept: np.ndarray | None = None,
     ) -> tuple[np.ndarray, Change]:
         """The new map."""
         image, affine = self.images.get(work.path)
         spacing = np.linalg.norm(affine[:3, :3], axis=0).tolist()
         margin = session.margins[label]
         value = self.task.label_values[label]
-        return respond(labels, value, image, spacing, prompts, self.settings, lambda box: margin.on(session.meta, box))
+        known = lambda box: margin.on(session.meta, box)  # noqa: E731
+        return respond(labels, value, image, spacing, prompts, self.settings, known, None, limits, kept)
 
 
 class InteractiveInfer(InferInterface):
@@ -211,12 +221,15 @@ class InteractiveInfer(InferInterface):
     def __call__(self, request: dict[str, Any], callbacks: dict | None = None) -> tuple[str | None, dict[str, Any]]:
         raise TypeError("clicks and scribbles belong to a person at an image: call respond")
 
-    def respond(self, request: Mapping[str, Any], work: Work) -> tuple[Path, dict[str, Any]]:
+    def respond(
+        self, request: Mapping[str, Any], work: Work, watch: Watch | None = None
+    ) -> tuple[Path, dict[str, Any]]:
         """Answer one request.
 
         Args:
             request: options as clients send them; `map`, the path of the label map that came with it.
             work: whose, on what.
+            watch: told how a pass of the model goes, if one is needed.
 
         Returns:
             A temporary file with the mask, and what the answer says.
@@ -228,22 +241,32 @@ class InteractiveInfer(InferInterface):
         given = self.options.full(request)
         given["device"] = given["device"] or device_list()[0]
         label = self._label(given)
-        session, warnings = self.interaction.session(work, label, given["device"], bool(given.get("reset_state")))
+        state = "" if given.get("map") else given.get("mask_state", "")
+        afresh = bool(given.get("reset_state"))
+        session, warnings = self.interaction.session(work, label, given["device"], afresh, state, watch)
         ready = time.perf_counter()
         with session.lock:
+            if state and session.state != state:
+                raise OutdatedError
             before, after, origin, said = self._answer(session, label, given, work)
-            file = self._write(after, label, given, work)
+            state = session.state
         moved = before != after
+        box = boxes.of_change(moved) if given["box"] else None
+        answered = time.perf_counter()
+        file = self._write(after, label, given, work, box)
         result = {
             "label": label,
-            "label_names": {label: 1},
+            "label_names": {label: 1} if box is None else self.labels,
+            "mask_state": state,
+            "box": None if box is None else [[part.start, part.stop - 1] for part in box],
             "label_info": label_info(self.task),
             "model_version": session.version,
             "mask_from": origin,
             "changed": int(moved.sum()),
             "latencies": {
                 "model": round(ready - start, 3),
-                "answer": round(time.perf_counter() - ready, 3),
+                "answer": round(answered - ready, 3),
+                "file": round(time.perf_counter() - answered, 3),
             },
             "warnings": warnings + said,
         }
@@ -258,14 +281,27 @@ class InteractiveInfer(InferInterface):
         """The map before and after, where the one before came from, and warnings."""
         raise NotImplementedError
 
-    def _write(self, labels: np.ndarray, label: str, given: Mapping[str, Any], work: Work) -> Path:
+    @staticmethod
+    def _near(prompts: Prompts, limits: Box | None) -> tuple[Prompts, list[str]]:
+        """The prompts that are answered, and a warning if some are not."""
+        near = prompts if limits is None else prompts.within(limits)
+        beside = len(prompts) - len(near)
+        return near, [f"roi: {beside} of {len(prompts)} voxels lie outside of the box: they change nothing"] * bool(
+            beside
+        )
+
+    def _write(self, labels: np.ndarray, label: str, given: Mapping[str, Any], work: Work, box: Box | None) -> Path:
         """The answer as its client expects it: the label alone, as value 1. A `.seg.nrrd` replaces all segments of a
-        scene, so that one holds all of them."""
+        scene, so that one holds all of them, and so does a part of the map."""
         source = str(work.path)
         suffix = given.get("result_extension") or ".nii.gz"
         _, affine = self.interaction.images.get(work.path)
         with temporary_file(suffix) as path:
-            if suffix == ".seg.nrrd":
+            if box is not None:
+                moved = affine.copy()
+                moved[:3, 3] += affine[:3, :3] @ boxes.corner(box)
+                write_mask(path, labels[box], moved, "", self.task.labels)
+            elif suffix == ".seg.nrrd":
                 write_mask(path, labels, affine, source, self.task.labels)
             else:
                 mask = (labels == self.task.label_values[label]).astype(np.uint8)
@@ -293,16 +329,27 @@ class ClickInfer(InteractiveInfer):
     def _answer(
         self, session: Session, label: str, given: Mapping[str, Any], work: Work
     ) -> tuple[np.ndarray, np.ndarray, str, list[str]]:
-        before = session.labels.full()
-        prompts = Prompts.of_points(given["foreground"], given["background"], before.shape)
-        start = session.without(label)
-        prompts = session.fresh(label, prompts)
+        shape = session.labels.shape
+        to_voxels = self.interaction.to_voxels(work) if given["space"] == "lps" else None
+        prompts = Prompts.of_points(given["foreground"], given["background"], shape, to_voxels)
+        limits = boxes.of_numbers(given["roi"], shape, to_voxels)
+        kept = Prompts.voxels("kept", given["kept"], shape, to_voxels)
+        if given.get("map") is not None:
+            drawn = self.interaction.map(Path(given["map"]), given["label_info"], work)
+            session.begin(drawn, "the map that came with it")
+        elif given["settled"]:
+            session.begin(session.labels.full(), session.origin)
+        elif limits != session.limits:  # what was answered within another box, or none, stays
+            session.set(session.labels.full(), session.origin)
+        session.limits = limits
+        before, start = session.labels.full(), session.without(label)
+        prompts, said = self._near(session.fresh(label, prompts), limits)
         if not len(prompts):  # all points were taken away again
             session.change(label, start, None)
-            return before, start, session.origin, []
-        after, change = self.interaction.answer(session, label, start, prompts, work)
+            return before, start, session.origin, said
+        after, change = self.interaction.answer(session, label, start, prompts, work, limits, kept)
         session.change(label, after, change)
-        return before, after, session.origin, []
+        return before, after, session.origin, said
 
 
 class ScribbleInfer(InteractiveInfer):
@@ -326,6 +373,7 @@ class ScribbleInfer(InteractiveInfer):
     ) -> tuple[np.ndarray, np.ndarray, str, list[str]]:
         if given.get("map") is None:
             raise ValueError("label: expected the label map with the strokes, as a file; got none")
+        limits = boxes.of_numbers(given["roi"], session.labels.shape)
         drawn, prompts = self.interaction.drawn(Path(given["map"]), given["label_info"], work)
         known = session.labels.full()
         under = np.zeros(drawn.shape, bool)
@@ -333,8 +381,9 @@ class ScribbleInfer(InteractiveInfer):
         drawn[under] = known[under]  # what a stroke hides is as it was
         origin = "the map with the scribbles"
         session.set(drawn, origin)
+        prompts, said = self._near(prompts, limits)
         if not len(prompts):
-            return drawn, drawn, origin, ["no stroke is in the label map: nothing is changed"]
-        after, _ = self.interaction.answer(session, label, drawn, prompts, work)
+            return drawn, drawn, origin, said or ["no stroke is in the label map: nothing is changed"]
+        after, _ = self.interaction.answer(session, label, drawn, prompts, work, limits)
         session.set(after, "your last scribbles")
-        return drawn, after, origin, []
+        return drawn, after, origin, said

@@ -108,6 +108,20 @@ class _Points(Option):
 
 
 @dataclass(frozen=True)
+class _Box(Option):
+    """Both ends of a box along each axis, checked against the image where it is known (`lib.interaction.boxes`)."""
+
+    @property
+    def valid(self) -> str:
+        return "[i0, i1, j0, j1, k0, k1]"
+
+    def read(self, value: Any) -> list[Any] | None:
+        if value is not None and not isinstance(value, list):
+            raise ValueError(f"{self.name}: expected {self.valid}, got {type(value).__name__}")
+        return value
+
+
+@dataclass(frozen=True)
 class _Label(Option):
     """A label of the task."""
 
@@ -183,8 +197,30 @@ def click_options(task: Task) -> OptionTable:
             "foreground", [], "voxels that belong to the label, all that were clicked so far", said="none", shown=False
         ),
         _Points("background", [], "voxels that do not", said="none", shown=False),
+        _Points("kept", [], "voxels that stay as they are", said="none", shown=False),
+        Choice(
+            "space",
+            "voxels",
+            "what points and box count: voxels of the image's file, or DICOM's millimetres",
+            shown=False,
+            choices=("voxels", "lps"),
+        ),
         Switch("reset_state", False, "forget the mask that the server keeps, and start from the model's", shown=False),
+        Text(
+            "mask_state", "", "go on from this mask only, `mask_state` of an answer; else 409", said="any", shown=False
+        ),
+        Switch("settled", False, "what was answered so far stays: its points are not sent again", shown=False),
+        _Entries("label_info", None, "`name` and `value` of a map that comes along", said="the task's", shown=False),
+        *_part_options(),
         *_answer_options(),
+    )
+
+
+def _part_options() -> tuple[Option, ...]:
+    """Of an answer that concerns a part of the image."""
+    return (
+        _Box("roi", [], "nothing changes outside of this box; both ends are in it", said="none", shown=False),
+        Switch("box", False, "send back only the box of what has changed, with all labels in it", shown=False),
     )
 
 
@@ -207,6 +243,7 @@ def scribble_options(task: Task) -> OptionTable:
             said="none: it must be sent",
             shown=False,
         ),
+        *_part_options(),
         *_answer_options(),
     )
 

@@ -12,7 +12,7 @@ from lib.files import temporary_file
 from lib.infers.explain.agreement import own_fit
 from lib.infers.models import Loaded
 from lib.infers.options import Options
-from lib.model.predict import Prediction, predict
+from lib.model.predict import Prediction, Watch, predict
 from lib.options import boolean
 from lib.tasks import ATTRIBUTES, Task
 from lib.upstream import InferTask, InferType, write_itk
@@ -36,6 +36,7 @@ class Segmentation(InferTask):
         served: the server's task, whose labels clients know.
         warnings: for the answer.
         made: hears of the mask and of what it was made from.
+        watch: told how it goes.
     """
 
     def __init__(
@@ -46,10 +47,12 @@ class Segmentation(InferTask):
         served: Task,
         warnings: list[str],
         made: Made | None = None,
+        watch: Watch | None = None,
     ) -> None:
         super().__init__(None, None, InferType.SEGMENTATION, served.label_values, 3, served.description)
         self.options, self.version, self.model = options, loaded.version, loaded.model
         self.task, self.served, self.warnings, self.made = task, served, warnings, made
+        self.watch = watch
 
     def pre_transforms(self, data: dict[str, Any]) -> list:
         return load(self.task, label=False)
@@ -63,6 +66,7 @@ class Segmentation(InferTask):
             window_batch=GPU_WINDOWS if device.startswith("cuda") else 1,
             tta=self.options.tta,
             sentences=self.model.text.tokenize(self.task.text_rows()),
+            watch=self.watch,
         )
         return data
 

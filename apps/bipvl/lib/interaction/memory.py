@@ -3,6 +3,7 @@ clicks changed. Bounded, and forgotten after a while: it costs one pass of the m
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
 from collections import OrderedDict
@@ -23,6 +24,13 @@ SECONDS = 8 * 3600.0  # without use, after which one is forgotten
 
 
 Point = tuple[bool, int, int, int]  # whether it belongs to the label; its voxel
+
+
+class OutdatedError(ValueError):
+    """A client speaks of a mask that the server has not (any more)."""
+
+    def __init__(self) -> None:
+        super().__init__("mask_state: the server keeps another mask of this image, or none any more; send yours along")
 
 
 class Key(NamedTuple):
@@ -69,6 +77,8 @@ class Session:
     changes: what the present clicks on each label changed.
     points: the present clicks on each label; done: those from before the map was drawn, which it has obeyed already
         though clients go on sending them.
+    limits: the box that the present clicks are answered in.
+    state: tells this mask from all others.
     """
 
     version: int
@@ -79,6 +89,8 @@ class Session:
     changes: dict[str, Change] = field(default_factory=dict)
     points: dict[str, set[Point]] = field(default_factory=dict)
     done: dict[str, set[Point]] = field(default_factory=dict)
+    limits: Box | None = None
+    state: str = field(default_factory=lambda: secrets.token_hex(8))
     lock: threading.RLock = field(default_factory=threading.RLock)
     used: float = field(default_factory=time.monotonic)
 
@@ -97,15 +109,21 @@ class Session:
 
     def set(self, labels: np.ndarray, origin: str) -> None:
         """Take over a map that somebody drew: clicks from before count as done."""
-        self.labels, self.origin = Kept(labels), origin
+        self.labels, self.origin, self.state = Kept(labels), origin, secrets.token_hex(8)
         self.changes.clear()
         for label, points in self.points.items():
             self.done.setdefault(label, set()).update(points)
         self.points.clear()
 
+    def begin(self, labels: np.ndarray, origin: str) -> None:
+        """Take over a map from which a client starts anew: it sends no click of before again, and the same voxel again
+        means a new click."""
+        self.set(labels, origin)
+        self.done.clear()
+
     def change(self, label: str, labels: np.ndarray, change: Change | None) -> None:
         """Take over the answer to the clicks on one label; without a change, they were all taken back."""
-        self.labels = Kept(labels)
+        self.labels, self.state = Kept(labels), secrets.token_hex(8)
         if change:
             self.changes[label] = change
         else:

@@ -8,7 +8,10 @@ from typing import Any
 
 import numpy as np
 
-MAX_POINTS = 1000  # of one list; a scribble is a map and has no limit
+from lib.interaction.boxes import Box, holds
+
+FAR = 1e6  # mm
+MAX_POINTS = 20_000  # of one list: clicks and the voxels of some strokes; a map of strokes has no limit
 
 
 @dataclass(frozen=True)
@@ -29,21 +32,26 @@ class Prompts:
         """(n, 3), both kinds."""
         return np.concatenate([self.inside, self.outside])
 
+    def within(self, box: Box) -> Prompts:
+        """Those in a box."""
+        return Prompts(self.inside[holds(box, self.inside)], self.outside[holds(box, self.outside)])
+
     def moved(self, offset: Sequence[int]) -> Prompts:
         """The same voxels, counted from another corner."""
         return Prompts(self.inside - np.asarray(offset), self.outside - np.asarray(offset))
 
     @classmethod
-    def of_points(cls, inside: Any, outside: Any, shape: Sequence[int]) -> Prompts:
+    def of_points(cls, inside: Any, outside: Any, shape: Sequence[int], to_voxels: np.ndarray | None = None) -> Prompts:
         """From two lists of [i, j, k], as 3D Slicer sends them.
 
         Args:
             shape: of the image, in voxels.
+            to_voxels: (4, 4), if the numbers are not voxels; a point then means the voxel that it is in.
 
         Raises:
             ValueError: no list of triples of numbers, a point outside the image, one in both lists, or too many.
         """
-        found = cls(_points("foreground", inside, shape), _points("background", outside, shape))
+        found = cls(_points("foreground", inside, shape, to_voxels), _points("background", outside, shape, to_voxels))
         both = {tuple(p) for p in found.inside.tolist()} & {tuple(p) for p in found.outside.tolist()}
         if both:
             raise ValueError(
@@ -51,13 +59,18 @@ class Prompts:
             )
         return found
 
+    @staticmethod
+    def voxels(name: str, given: Any, shape: Sequence[int], to_voxels: np.ndarray | None = None) -> np.ndarray:
+        """(n, 3) int64, from one list as `of_points`."""
+        return _points(name, given, shape, to_voxels)
+
     @classmethod
     def of_maps(cls, inside: np.ndarray, outside: np.ndarray) -> Prompts:
         """From two boolean maps; a voxel in both counts as inside."""
         return cls(np.argwhere(inside), np.argwhere(outside & ~inside))
 
 
-def _points(name: str, given: Any, shape: Sequence[int]) -> np.ndarray:
+def _points(name: str, given: Any, shape: Sequence[int], to_voxels: np.ndarray | None) -> np.ndarray:
     """(n, 3) int64, without repeats, in their order."""
     if given is None:
         given = []
@@ -66,7 +79,7 @@ def _points(name: str, given: Any, shape: Sequence[int]) -> np.ndarray:
     if len(given) > MAX_POINTS:
         raise ValueError(f"{name}: {len(given)} points; valid are at most {MAX_POINTS}")
     points: list[tuple[int, ...]] = []
-    for point in given:
+    for point in given if to_voxels is None else _moved(name, given, to_voxels):
         if not isinstance(point, (list, tuple)) or len(point) != 3 or not all(_whole(n) for n in point):
             raise ValueError(f"{name}: expected [i, j, k] in voxels, got {point!r}")
         voxel = tuple(int(n) for n in point)
@@ -75,6 +88,17 @@ def _points(name: str, given: Any, shape: Sequence[int]) -> np.ndarray:
             raise ValueError(f"{name}: {list(voxel)} is outside the image; valid are {ends}")
         points.append(voxel)
     return np.array(list(dict.fromkeys(points)), np.int64).reshape(-1, 3)
+
+
+def _moved(name: str, given: Sequence[Any], to_voxels: np.ndarray) -> list[list[int]]:
+    """The voxels that points in millimetres are in."""
+    try:
+        points = np.array(given, float).reshape(-1, 3)
+    except (ValueError, TypeError):
+        raise ValueError(f"{name}: expected [x, y, z] in millimetres, got {str(given)[:100]}") from None
+    if not np.isfinite(points).all() or (len(points) and np.abs(points).max() > FAR):
+        raise ValueError(f"{name}: points that are infinite or kilometres away")
+    return np.rint(points @ to_voxels[:3, :3].T + to_voxels[:3, 3]).astype(np.int64).tolist()
 
 
 def _whole(number: Any) -> bool:

@@ -25,6 +25,8 @@ def respond(
     settings: Settings,
     margin: Callable[[Box], np.ndarray],
     features: Callable[[Box], np.ndarray] | None = None,
+    limits: Box | None = None,
+    kept: np.ndarray | None = None,
 ) -> tuple[np.ndarray, Change]:
     """Answer the prompts of one class.
 
@@ -37,11 +39,13 @@ def respond(
         settings: of the answer.
         margin: log odds of the class in a box.
         features: of the decoder in a box, (width, …).
+        limits: a box that holds all prompts; nothing changes outside of it.
+        kept: (n, 3) voxels that stay as they are, but for those that are prompted.
 
     Returns:
         The new map, and what changed.
     """
-    box = boxes.around(prompts.all, REACH, spacing, labels.shape)
+    box = boxes.common(boxes.around(prompts.all, REACH, spacing, labels.shape), limits)
     near = prompts.moved(boxes.corner(box))
     before = labels[box]
     mask = before == value
@@ -55,6 +59,11 @@ def respond(
         features(box) if features else None,
     )
     after = put(before, value, wanted, near.inside, near.outside)
+    if kept is not None:
+        stays = np.zeros(after.shape, bool)
+        stays[tuple((kept[boxes.holds(box, kept)] - boxes.corner(box)).T)] = True
+        stays[tuple(near.all.T)] = False
+        after[stays] = before[stays]
     result = labels.copy()
     result[box] = after
     return result, Change(box, before.copy(), after)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from monai.data import MetaTensor
+from monai.data.utils import dense_patch_slices
 from monai.inferers import sliding_window_inference
 from torch import Tensor
 from torch.nn import functional as F
@@ -86,6 +87,17 @@ class Prediction:
         return float((foreground * self.entropy()).sum(dtype=torch.float64)) / mass if mass > 0 else 0.0
 
 
+Watch = Callable[[int, int], None]  # windows done, windows in all; may raise to stop
+
+
+def window_count(shape: Sequence[int], patch: Sequence[int], overlap: float) -> int:
+    """How many windows MONAI's sliding-window inference slides over a volume of this shape."""
+    size = [max(n, p) for n, p in zip(shape, patch, strict=True)]
+    # As monai.inferers.utils._get_scan_interval.
+    steps = [p if p == n else max(1, int(p * (1 - overlap))) for p, n in zip(patch, size, strict=True)]
+    return len(dense_patch_slices(size, patch, steps))
+
+
 class _Windows:
     """The predictor that sliding-window inference calls: skips empty windows and collects what the text saw."""
 
@@ -96,7 +108,10 @@ class _Windows:
         sentences: Sentences | None,
         flips: list[tuple[int, ...]],
         keep_features: bool = False,
+        watch: Watch | None = None,
+        total: int = 0,
     ) -> None:
+        self.watch, self.total = watch, total
         self.model, self.task, self.sentences, self.flips = model, task, sentences, flips
         self.keep_features = keep_features
         self.channels = len(task.channels)
@@ -109,6 +124,8 @@ class _Windows:
     def __call__(self, patches: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """(B, channels, …), after the image's channels that of `content`, if there is one, to logits, and to the
         decoder's features if they are kept."""
+        if self.watch:
+            self.watch(self.windows, self.total)
         full = self._shown(patches)
         patches = patches[:, : self.channels]
         self.windows += len(patches)
@@ -187,6 +204,7 @@ def predict(
     progress: Callable[[str], None] = logger.warning,
     half: bool | None = None,
     keep_features: bool = False,
+    watch: Watch | None = None,
 ) -> Prediction:
     """Segment one preprocessed volume with sliding windows of the task's patch.
 
@@ -201,6 +219,7 @@ def predict(
         progress: told when memory runs short and a smaller setting is tried.
         half: compute in bfloat16; default: on a GPU, not on a CPU. Stitching and probabilities stay in float32.
         keep_features: also stitch the decoder's features, which take as much memory as `width` classes.
+        watch: told before each pass how many windows are done, and how many there are.
 
     Raises:
         ValueError: overlap out of range.
@@ -216,7 +235,8 @@ def predict(
     flips: list[tuple[int, ...]] = [(2 + AXES.index(a),) for a in task.augmentation.flip] if tta else []
     settings = [(window_batch, device), (1, device), (1, torch.device("cpu"))]
     for attempt, (batch, stitch) in enumerate(settings):
-        windows = _Windows(model, task, sentences, flips, keep_features)
+        total = window_count(image.shape[1:], task.patch, overlap)
+        windows = _Windows(model, task, sentences, flips, keep_features, watch, total)
         try:
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" if half is None else half):
                 found = sliding_window_inference(

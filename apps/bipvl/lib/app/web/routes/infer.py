@@ -9,6 +9,7 @@ import logging
 import mimetypes
 from contextlib import ExitStack
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,12 +30,14 @@ from lib.app.web.common import (
     person,
 )
 from lib.app.web.routes.data import known_session
+from lib.app.web.running import Asked, CancelledError, Run, Running
 from lib.files import ORIGINAL
 from lib.infers import BiPVLInfer, InteractiveInfer
 from lib.infers.interactive import Work
 
 logger = logging.getLogger(__name__)
 
+LOOK = 0.3  # seconds between looks whether somebody still waits
 SAVE_OPTIONS = ("save_label", "label_tag")
 RESERVED = ("model", "image")  # part of the address; clients may repeat them
 FORBIDDEN = ("image_path", "label", "session", "path", "skip_writer", "result_write_to_file")
@@ -70,9 +73,21 @@ class InferOutput(str, Enum):
 
 def infer_routes(services: Services) -> APIRouter:
     """The inference route."""
-    routes = APIRouter(prefix="/infer", tags=["Infer"], responses={**ERRORS, **ANSWERS})
+    routes = APIRouter(prefix="/infer", tags=["Infer"], responses=ERRORS)
+    running = Running()
 
-    @routes.post("/{model}", summary="Segment an image", response_class=Response)
+    @routes.get("/{model}/progress", summary="How far one's own request is")
+    def progress(
+        user: Annotated[User, Depends(current_user)],
+        asked: Request,
+        model: str,
+        image: str = "",
+        client_id: str = "",
+    ) -> dict[str, int] | None:
+        """Windows that the model has done, and all; null if no such request is running."""
+        return running.progress(Asked(person(services, user, asked, client_id), model, image))
+
+    @routes.post("/{model}", summary="Segment an image", response_class=Response, responses=ANSWERS)
     async def infer(
         user: Annotated[User, Depends(current_user)],
         asked: Request,
@@ -81,7 +96,9 @@ def infer_routes(services: Services) -> APIRouter:
         session_id: str = "",
         params: Annotated[str, Form()] = "{}",
         file: Annotated[UploadFile | None, File()] = None,
-        label: Annotated[UploadFile | None, File(description="The label map with scribbles, for `_scribbles`")] = None,
+        label: Annotated[
+            UploadFile | None, File(description="The label map: for `_scribbles`, or for `_clicks`")
+        ] = None,
         output: InferOutput = InferOutput.all,
     ) -> Response:
         def prepare() -> _Request:
@@ -91,7 +108,17 @@ def infer_routes(services: Services) -> APIRouter:
             return request
 
         request = await run_in_threadpool(prepare)
-        return await asyncio.get_running_loop().run_in_executor(services.infers, _run, services, request)
+        with running.run(Asked(request.person, model, image)) as run:
+            work = partial(_run, services, request, run)
+            answer = asyncio.get_running_loop().run_in_executor(services.infers, work)
+            while not (await asyncio.wait({answer}, timeout=LOOK))[0]:
+                if await asked.is_disconnected():
+                    run.cancel()
+            try:
+                return await answer
+            except CancelledError:
+                logger.info("%s of %r: cancelled after %d of %d windows", model, image, run.done, run.total)
+                return Response(status_code=499)  # which nobody reads
 
     return routes
 
@@ -152,20 +179,20 @@ def _prepare(
     return request
 
 
-def _run(services: Services, request: _Request) -> Response:
+def _run(services: Services, request: _Request, run: Run) -> Response:
     app = services.app
     with ExitStack() as stack:
         if request.options["model"] in app.interactions:
-            result = _interact(app, request, stack)
+            result = _interact(app, request, stack, run)
         elif request.image is not None:
-            result = app.infer({**request.options, "image": request.image}, person=request.person)
+            result = app.infer({**request.options, "image": request.image}, person=request.person, watch=run)
         elif request.file is not None:
             path = stack.enter_context(uploads.saved(request.file, uploads.IMAGE_SUFFIXES, "file"))
-            result = app.infer_file(request.options, path)
+            result = app.infer_file(request.options, path, watch=run)
         else:
             assert request.path is not None
             work = Work(request.person, f"session {request.path}", request.path)
-            result = app.infer_file(request.options, request.path, work)
+            result = app.infer_file(request.options, request.path, work, run)
         mask = Path(result["file"])
         stack.callback(mask.unlink, missing_ok=True)
         params = result["params"]
@@ -173,14 +200,14 @@ def _run(services: Services, request: _Request) -> Response:
         return _answer(app, request, mask, params)
 
 
-def _interact(app: LabelApp, request: _Request, stack: ExitStack) -> dict[str, Any]:
+def _interact(app: LabelApp, request: _Request, stack: ExitStack, run: Run) -> dict[str, Any]:
     options = dict(request.options)
     if request.map is not None:
         options["map"] = stack.enter_context(uploads.saved(request.map, uploads.LABEL_SUFFIXES, "label"))
     if request.image is not None:
-        return app.interact(options, app.work(request.person, request.image))
+        return app.interact(options, app.work(request.person, request.image), run)
     assert request.path is not None
-    return app.interact(options, Work(request.person, f"session {request.path}", request.path))
+    return app.interact(options, Work(request.person, f"session {request.path}", request.path), run)
 
 
 def _answer(app: LabelApp, request: _Request, mask: Path, params: dict[str, Any]) -> Response:

@@ -14,12 +14,10 @@ const COLOURS = [
 
 export class Overlay {
   /**
-   * @param services the viewer's
    * @param drawing on the series
    * @param map volume of percent on the same voxels, see volumes.js
    */
-  constructor(services, drawing, map) {
-    this.services = services
+  constructor(drawing, map) {
     this.drawing = drawing
     this.values = onGrid(map, drawing.read())
     this.id = `uncertainty ${drawing.id}`
@@ -27,7 +25,7 @@ export class Overlay {
 
   /** Show it, also in viewports that have come since. */
   async show() {
-    const viewports = this._viewports().filter(viewport => !viewport.getActor(this.id))
+    const viewports = this.drawing.viewports().filter(viewport => !viewport.getActor(this.id))
     if (!viewports.length) return
     for (const viewport of viewports) {
       const { volumeId } = this._volume(viewport)
@@ -42,19 +40,10 @@ export class Overlay {
   }
 
   hide() {
-    for (const viewport of this._viewports()) {
+    for (const viewport of this.drawing.viewports()) {
       if (viewport.getActor(this.id)) viewport.removeVolumeActors([this.id], true)
     }
     if (cornerstone.cache.getVolume(this.id)) cornerstone.cache.removeVolumeLoadObject(this.id)
-  }
-
-  _viewports() {
-    const { viewportGridService, cornerstoneViewportService } = this.services
-    const { displaySetInstanceUID } = this.drawing.displaySet
-    return [...viewportGridService.getState().viewports]
-      .filter(([, { displaySetInstanceUIDs }]) => displaySetInstanceUIDs.includes(displaySetInstanceUID))
-      .map(([viewportId]) => cornerstoneViewportService.getCornerstoneViewport(viewportId))
-      .filter(viewport => viewport?.getActors?.().length)
   }
 
   _volume(viewport) {

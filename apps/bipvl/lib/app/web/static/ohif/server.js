@@ -8,15 +8,16 @@ export class Refusal extends Error {
   }
 }
 
-async function request(method, path, { query = {}, body, json } = {}) {
+async function request(method, path, { query = {}, body, json, signal } = {}) {
   const url = new URL(path, location.origin)
   for (const [key, value] of Object.entries(query)) url.searchParams.set(key, value)
-  const options = { method, body, credentials: 'same-origin' }
+  const options = { method, body, signal, credentials: 'same-origin' }
   if (json !== undefined) Object.assign(options, { body: JSON.stringify(json), headers: { 'Content-Type': 'application/json' } })
   let response
   try {
     response = await fetch(url, options)
-  } catch {
+  } catch (error) {
+    if (error.name === 'AbortError') throw error
     throw new Refusal('The server does not answer. Your drawing is still here: try again in a moment.', 0)
   }
   if (response.ok) return response
@@ -41,23 +42,42 @@ export const info = async () => (await request('GET', '/info/')).json()
 
 /**
  * Segment a series.
+ * @param signal ends the request
  * @returns {{mask: ArrayBuffer, result: object}} a NIfTI file, and what the server says about it
  */
-export async function infer(task, series, options) {
+export const infer = (task, series, options, signal) => ask(task, series, options, null, signal)
+
+/**
+ * Answer clicks and scribbles: the part of the mask that has changed.
+ * @param map the mask that the person sees, {file, labels}, unless the server has it
+ */
+export function click(task, series, options, map, signal) {
+  const given = map ? { ...options, label_info: map.labels } : options
+  return ask(`${task}_clicks`, series, given, map?.file, signal)
+}
+
+async function ask(model, series, options, map, signal) {
   const form = new FormData()
-  form.set('params', JSON.stringify({ ...options, result_extension: '.nii.gz' }))
-  const path = `/infer/${encodeURIComponent(task)}`
-  const response = await request('POST', path, { query: { image: series, output: 'all' }, body: form })
+  form.set('params', JSON.stringify({ ...options, client_id: client(), result_extension: '.nii.gz' }))
+  if (map) form.set('label', map, 'label.nii.gz')
+  const path = `/infer/${encodeURIComponent(model)}`
+  const response = await request('POST', path, { query: { image: series, output: 'all' }, body: form, signal })
   const parts = await response.formData()
   const text = parts.get('params')
   const result = JSON.parse(typeof text === 'string' ? text : await text.text())
   return { mask: await parts.get('image').arrayBuffer(), result }
 }
 
+/** How far one's own request to a model is, {done, total} windows; null if it is not running. */
+export async function progress(model, series) {
+  const path = `/infer/${encodeURIComponent(model)}/progress`
+  return (await request('GET', path, { query: { image: series, client_id: client() } })).json()
+}
+
 /** Save a NIfTI file as the final label of a series. */
 export async function submit(series, file, params) {
   const form = new FormData()
-  form.set('params', JSON.stringify(params))
+  form.set('params', JSON.stringify({ ...params, client_id: client() }))
   form.set('label', file, 'label.nii.gz')
   const query = { image: series, tag: 'final' }
   return (await request('PUT', '/datastore/label', { query, body: form })).json()

@@ -1,5 +1,6 @@
 /** What an annotator does in the viewer, from opening a series to training, without a word about how it looks. */
 
+import { Correct } from './correct.js'
 import { Drawing, activeSeries } from './drawing.js'
 import * as keep from './keep.js'
 import { Overlay } from './overlay.js'
@@ -8,6 +9,7 @@ import { fromNifti, toNifti } from './volumes.js'
 
 const FILL = 0.4 // opacity of a mask
 const POLL = 1000 // milliseconds between questions about a running training
+const LOOK = 500 // milliseconds between questions about a running request
 const KEEP = 1000 // milliseconds after a stroke until the drawing is kept
 const RUNNING = ['SUBMITTED', 'RUNNING']
 const STRATEGY = 'bipvl-strategy'
@@ -25,6 +27,9 @@ export class Session {
     this.submitted = null // what the server has of this drawing: {when, voxels}, or {} for an earlier label
     this.training = null // the status of the latest round
     this.busy = '' // what is being done
+    this.progress = null // {done, total} windows of it
+    this.slow = false // whether it takes so long that the panel shows it
+    this.correct = new Correct(this)
     this.message = null // {kind: 'error' | 'note', text, retry}
     this.kept = null // a drawing of an earlier visit that was never submitted: {when, volume}
     this._queue = Promise.resolve()
@@ -50,6 +55,11 @@ export class Session {
     return this.info?.models[this.task] ?? null
   }
 
+  /** Whether what is being done can be given up. */
+  get cancellable() {
+    return Boolean(this._abort)
+  }
+
   get isTraining() {
     return RUNNING.includes(this.training?.status)
   }
@@ -69,12 +79,15 @@ export class Session {
         grid.subscribe(grid.EVENTS[name], follow)),
       viewports.subscribe(viewports.EVENTS.VIEWPORT_DATA_CHANGED, follow),
     ]
+    this.correct.start()
     this._run('', () => this._connect())
   }
 
   /** The mode was left: its segmentations are gone; what was drawn is kept. */
   stop() {
     this._subscriptions.forEach(subscription => subscription.unsubscribe())
+    this.correct.stop()
+    this.cancel()
     for (const drawing of this.drawings.values()) {
       this._keep(drawing)
       drawing.close()
@@ -90,9 +103,14 @@ export class Session {
     await this._watch()
   }
 
+  /** Names of what segments; clicks and scribbles are further models of the server. */
+  get tasks() {
+    return Object.entries(this.info?.models ?? {}).filter(([, { type }]) => type === 'segmentation').map(([name]) => name)
+  }
+
   async _refresh() {
     this.info = await server.info()
-    const tasks = Object.keys(this.info.models)
+    const tasks = this.tasks
     const strategies = Object.keys(this.info.strategies)
     if (!tasks.includes(this.task)) this.task = tasks[0]
     if (!strategies.includes(this.strategy)) {
@@ -120,10 +138,12 @@ export class Session {
     if (this.drawing !== drawing) {
       this.hideMap()
       Object.assign(this, { drawing, result: null, submitted: null, kept: null, message: null })
+      this.correct.clear()
       this.onChange()
     }
     await drawing.show()
     await this.overlay?.show()
+    this.correct.show()
     if (drawing.ready && !drawing.looked) {
       drawing.looked = true
       await this._look(drawing)
@@ -142,8 +162,7 @@ export class Session {
     const { drawing, kept } = this
     if (!this._mayReplace()) return
     this._run('', async () => {
-      drawing.write(kept.volume)
-      drawing.edits++
+      drawing.write(kept.volume, 'bringing it back', { unsubmitted: true })
       this.kept = null
     })
   }
@@ -161,7 +180,7 @@ export class Session {
     if (!this._mayReplace()) return
     const { drawing, submitted } = this
     this._run('Loading the label', async () => {
-      drawing.write(await fromNifti(submitted.label))
+      drawing.write(await fromNifti(submitted.label), 'loading the label')
     })
   }
 
@@ -199,12 +218,14 @@ export class Session {
   segment() {
     if (!this._mayReplace()) return
     const { drawing, task } = this
+    drawing.commit()
     const { edits } = drawing
-    this._run('Segmenting', async () => {
-      const { mask, result } = await server.infer(task, drawing.series, this.options.infer[task] ?? {})
+    this.work('Segmenting', async signal => {
+      const { mask, result } = await server.infer(task, drawing.series, this.options.infer[task] ?? {}, signal)
       if (drawing.edits !== edits && !this.confirm('You have drawn while the server worked. Replace your drawing with its mask?')) return
       await this._keep(drawing)
-      drawing.write(await fromNifti(mask))
+      drawing.write(await fromNifti(mask), 'Auto-Segmentation')
+      if (this.drawing === drawing) this.correct.agree(result.mask_state)
       this.hideMap()
       this.result = result
       await this._refresh()
@@ -218,7 +239,7 @@ export class Session {
       const { label, tag } = result.uncertainty_map
       const map = await fromNifti(await server.kept(label, tag))
       if (this.result !== result) return // another mask has come meanwhile
-      const overlay = new Overlay(this.services, drawing, map)
+      const overlay = new Overlay(drawing, map)
       await overlay.show()
       this.overlay = overlay
     })
@@ -232,6 +253,7 @@ export class Session {
 
   submit() {
     const { drawing } = this
+    drawing.commit()
     const { edits, labels, task } = drawing
     const names = labels.map(({ name }) => name)
     this._run('Submitting', async () => {
@@ -304,7 +326,8 @@ export class Session {
   }
 
   _mayReplace() {
-    return !this.drawing.unsubmitted || this.confirm('This replaces your drawing, which is not submitted.')
+    return !this.drawing.unsubmitted ||
+      this.confirm('This replaces your drawing, with all clicks and scribbles. It is not submitted. Undo brings it back.')
   }
 
   async _run(what, work, retry) {
@@ -317,6 +340,45 @@ export class Session {
       this._fail(error, retry)
     }
     this.busy = ''
+    this.onChange()
+    if (this.correct.live && this.message?.kind !== 'error') this.correct.send() // what was clicked meanwhile
+  }
+
+  /** Ask a model for something that can be given up and tells how far it is. */
+  work(what, work, retry, cancelled = () => {}) {
+    return this._run(what, async () => {
+      this._abort = new AbortController()
+      const { signal } = this._abort
+      const model = what === 'Segmenting' ? this.task : `${this.task}_clicks`
+      const { series } = this.drawing
+      const look = setInterval(async () => {
+        this.slow = true
+        this.onChange()
+        const found = await server.progress(model, series).catch(() => null)
+        if (this._abort?.signal !== signal) return
+        this.progress = found
+        this.onChange()
+      }, LOOK)
+      try {
+        await work(signal)
+      } catch (error) {
+        if (error.name !== 'AbortError') throw error
+        cancelled()
+        this.tell('Cancelled. Your drawing is as it was.')
+      } finally {
+        clearInterval(look)
+        Object.assign(this, { _abort: null, progress: null, slow: false })
+      }
+    }, retry)
+  }
+
+  cancel() {
+    this._abort?.abort()
+  }
+
+  /** Say something to the annotator. */
+  tell(text) {
+    this.message = { kind: 'note', text }
     this.onChange()
   }
 

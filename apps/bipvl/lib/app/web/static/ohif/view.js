@@ -1,13 +1,18 @@
 /** The panel: buttons, options and what is known of case, model and training, in plain DOM. */
 
+import { Tools, TOOLS_PANEL } from './tools.js'
+
 const PANEL = `
 <link rel="stylesheet" href="/ohif/bipvl/panel.css">
 <p class="case" role="status"></p>
 <label class="task">Task <select></select></label>
 <div class="row"><button class="segment" type="button">Auto-Segmentation</button><span class="version"></span></div>
+<div class="row running" hidden><progress class="windows" max="1"></progress>
+  <button class="cancel minor" type="button">Cancel <kbd>Esc</kbd></button></div>
 <ul class="warnings"></ul>
 <div class="row map" hidden><button class="overlay minor" type="button"></button>
   <a download>Download the uncertainty map</a></div>
+${TOOLS_PANEL}
 <div class="row"><button class="submit" type="button">Submit Label</button><span class="drawn"></span></div>
 <div class="row kept"><span></span>
   <button class="restore minor" type="button">Bring it back</button>
@@ -19,7 +24,7 @@ const PANEL = `
 <div class="row"><button class="train" type="button">Update Model</button>
   <button class="stop minor" type="button">Stop</button></div>
 <p class="training" role="status"></p>
-<progress max="1" value="0"></progress>
+<progress class="round" max="1" value="0"></progress>
 <div class="message" role="alert"><span></span> <button class="again minor" type="button">Try again</button></div>
 <details><summary>Options</summary>
   <section class="infer"><h3>Auto-Segmentation</h3><div></div></section>
@@ -55,10 +60,12 @@ export class View {
       load: () => session.load(),
       restore: () => session.restore(),
       discard: () => session.discard(),
+      cancel: () => session.cancel(),
       again: () => session.message.retry(),
     })) find(`button.${name}`).addEventListener('click', action)
     find('.task select').addEventListener('change', event => session.chooseTask(event.target.value))
     find('.strategy').addEventListener('change', event => session.chooseStrategy(event.target.value))
+    this._tools = new Tools(session, find)
     session.onChange = () => this.update()
     this.update()
   }
@@ -77,7 +84,9 @@ export class View {
     this._enable('stop', !busy)
     this._lists()
     this._text('.case', this._case())
-    this._text('.version', busy === 'Segmenting' ? 'The model is looking …' : model ? this._version() : '')
+    this._text('.version', busy === 'Segmenting' ? this._looking() : model ? this._version() : '')
+    this._running()
+    this._tools.update()
     this._find('.warnings').replaceChildren(...(this.session.result?.warnings ?? []).map(warning => {
       const item = document.createElement('li')
       item.textContent = warning[0].toUpperCase() + warning.slice(1)
@@ -103,6 +112,20 @@ export class View {
     const { instances, SeriesDescription } = drawing.displaySet
     const patient = instances?.[0]?.PatientID ?? ''
     return [patient, SeriesDescription].filter(Boolean).join(' · ') + (drawing.ready ? '' : ' is loading …')
+  }
+
+  _looking() {
+    const { progress } = this.session
+    return progress?.total ? `The model looks: window ${Math.min(progress.done + 1, progress.total)} of ${progress.total}` : 'The model is looking …'
+  }
+
+  /** A request that can be given up: how far it is. */
+  _running() {
+    const { slow, progress } = this.session
+    const bar = this._find('progress.windows')
+    this._find('.running').hidden = !slow
+    if (progress?.total) bar.value = progress.done / progress.total
+    else bar.removeAttribute('value')
   }
 
   _version() {
@@ -134,7 +157,7 @@ export class View {
   _training() {
     const { training, isTraining } = this.session
     const progress = training?.progress
-    const bar = this._find('progress')
+    const bar = this._find('progress.round')
     this._find('button.stop').hidden = !isTraining
     bar.hidden = !isTraining
     if (isTraining && progress) bar.value = (progress.epoch + (progress.step / progress.steps || 0)) / progress.epochs
@@ -169,10 +192,10 @@ export class View {
   /** Lists and options follow the server; they are rebuilt only when that says something else. */
   _lists() {
     const { info, task, strategy, model } = this.session
-    const shown = JSON.stringify([task, strategy, Object.keys(info?.models ?? {}), Object.keys(info?.strategies ?? {}), model?.config])
+    const shown = JSON.stringify([task, strategy, this.session.tasks, Object.keys(info?.strategies ?? {}), model?.config])
     if (!info || shown === this._shown) return
     this._shown = shown
-    const tasks = Object.keys(info.models)
+    const { tasks } = this.session
     this._find('.task').hidden = tasks.length < 2
     this._find('.task select').replaceChildren(...choices(tasks, task))
     this._find('.strategy').replaceChildren(...choices(Object.keys(info.strategies), strategy))

@@ -55,7 +55,8 @@ export async function fromNifti(buffer) {
   return { dimensions, affine: swapAxes(rows), data }
 }
 
-function inverse([[a, b, c], [d, e, f], [g, h, i]]) {
+/** Of the part of an affine without the shift. */
+export function inverse([[a, b, c], [d, e, f], [g, h, i]]) {
   const minors = [[e * i - f * h, c * h - b * i, b * f - c * e], [f * g - d * i, a * i - c * g, c * d - a * f],
     [d * h - e * g, b * g - a * h, a * e - b * d]]
   const determinant = a * minors[0][0] + b * minors[1][0] + c * minors[2][0]
@@ -99,16 +100,26 @@ export function onGrid(volume, { dimensions, affine }) {
   return result
 }
 
+/**
+ * A part of a volume on a grid that it belongs to: the box of voxels that it covers, {low, high}, and their values.
+ */
+export function partOf(part, { dimensions, affine }) {
+  const back = inverse(affine)
+  const corner = (data, far) => data.affine.map(row => row[3] + row.slice(0, 3).reduce((sum, mm, i) => sum + far * mm * (data.dimensions[i] - 1), 0))
+  const [first, last] = [0, 1].map(far => back.map(row =>
+    Math.round(row.reduce((sum, value, i) => sum + value * (corner(part, far)[i] - affine[i][3]), 0))))
+  const [low, high] = [Math.min, Math.max].map(end => first.map((value, axis) => end(value, last[axis])))
+  if (low.some(n => n < 0) || high.some((n, axis) => n >= dimensions[axis])) {
+    throw new Error('The mask lies on a different voxel grid from the images shown here.')
+  }
+  const start = affine.map(row => row[0] * low[0] + row[1] * low[1] + row[2] * low[2] + row[3])
+  const grid = { dimensions: low.map((n, axis) => high[axis] - n + 1), affine: affine.map((row, i) => [...row.slice(0, 3), start[i]]) }
+  return { box: { low, high }, values: onGrid(part, grid) }
+}
+
 /** How many voxels have each value from 0 to 255. */
 export function counts(data) {
   const found = new Array(256).fill(0)
   for (const value of data) found[value]++
   return found
-}
-
-/** A number that hardly stays the same when voxels change; 0 for an empty volume. */
-export function checksum(data) {
-  let sum = 0
-  for (const value of data) sum = (Math.imul(sum, 31) + value) | 0
-  return sum
 }
