@@ -80,8 +80,8 @@ def test_only_names_that_change_with_the_content_are_kept_without_asking(files: 
 
 
 def test_our_part_of_the_viewer_is_served(files: TestClient) -> None:
-    for file in ohif.OURS.iterdir():
-        answer = files.get(f"/ohif/bipvl/{file.name}")
+    for file in (path for path in ohif.OURS.rglob("*") if path.is_file()):
+        answer = files.get(f"/ohif/bipvl/{file.relative_to(ohif.OURS).as_posix()}")
         assert answer.content == file.read_bytes()
         assert answer.headers["content-type"].startswith(("text/javascript", "text/css"))
         assert answer.headers["cache-control"] == "private, no-cache"

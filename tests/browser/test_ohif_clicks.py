@@ -10,24 +10,13 @@ import numpy as np
 import pytest
 
 from support.clients.browser import ACCOUNT_OF_SERVER, Visit, another_patient, chromium, needs_browser, visiting
-from support.clients.panel import LABELS, Site, assert_holds, button, drawing, wait_for
+from support.clients.hand import Dialogs, Hand
+from support.clients.panel import LABELS, Site, button, wait_for
 from support.dicom.archive import Archive, needs_orthanc
 from support.server import Server
 
 PATIENT = "CASE-A"
 LIVER, AORTA = LABELS["liver"]["value"], LABELS["aorta"]["value"]
-FIRST = "canvas.cornerstone-canvas"
-# The voxel (i, j, k) of the drawing that a point of a viewport, counted from 0, shows.
-VOXEL = """([number, x, y]) => {
-    const canvas = document.querySelectorAll('canvas.cornerstone-canvas')[number]
-    const viewports = cornerstone.getRenderingEngines().flatMap(engine => engine.getViewports())
-    const viewport = viewports.find(each => each.canvas === canvas)
-    const { left, top } = canvas.getBoundingClientRect()
-    const segmentation = cornerstoneTools.segmentation.state.getSegmentations()[0]
-    const { imageData } = cornerstone.cache.getVolume(segmentation.representationData.Labelmap.volumeId)
-    return [...imageData.worldToIndex(viewport.canvasToWorld([x - left, y - top]))].map(Math.round)
-}"""
-
 LOCK = """value => {
     const { state, segmentLocking } = cornerstoneTools.segmentation
     segmentLocking.setSegmentIndexLocked(state.getSegmentations()[0].segmentationId, value, true)
@@ -54,95 +43,9 @@ def visit(site: Site) -> Iterator[Visit]:
         yield started
 
 
-class Dialogs:
-    """Answers the questions of the page with yes, or with `answers` as long as there are some."""
-
-    def __init__(self, visit: Visit) -> None:
-        self.asked: list[str] = []
-        self.answers: list[bool] = []
-        visit.page.on("dialog", self._answer)
-
-    def _answer(self, dialog: Any) -> None:
-        self.asked.append(dialog.message)
-        if self.answers and not self.answers.pop(0):
-            dialog.dismiss()
-        else:
-            dialog.accept()
-
-
 @pytest.fixture()
 def dialogs(visit: Visit) -> Dialogs:
     return Dialogs(visit)
-
-
-class Hand:
-    """The annotator's: finds places in a viewport, and points at them."""
-
-    def __init__(self, visit: Visit, site: Site) -> None:
-        self.visit, self.page, self.site = visit, visit.page, site
-        self.submits = len(site.segmentations(PATIENT))
-
-    @property
-    def mask(self) -> np.ndarray:
-        """(slice, row, column)."""
-        return drawing(self.visit).voxels
-
-    def place(self, x: float, y: float, viewport: int = 0) -> tuple[float, float]:
-        """On the page, from shares of a viewport."""
-        box = self.page.locator(FIRST).nth(viewport).bounding_box()
-        assert box
-        return round(box["x"] + x * box["width"]), round(box["y"] + y * box["height"])
-
-    def voxel(self, place: tuple[float, float], viewport: int = 0) -> tuple[int, int, int]:
-        """As indices of `mask`."""
-        i, j, k = self.page.evaluate(VOXEL, [viewport, *place])
-        return k, j, i
-
-    def find(self, mask: np.ndarray, value: int, equal: bool, n: int = 0) -> tuple[float, float]:
-        """A place in the first viewport, within the body, whose voxel has a label's value, or has not."""
-        found = 0
-        for y in np.linspace(0.42, 0.58, 33):
-            for x in np.linspace(0.3, 0.7, 25):
-                place = self.place(x, y)
-                if (mask[self.voxel(place)] == value) == equal:
-                    if found == n:
-                        return place
-                    found += 1
-        raise AssertionError(f"no voxel with value {value}: {equal}")
-
-    def answer(self, act: Any) -> None:
-        """Do something, and wait until the server has answered it."""
-        count = "() => performance.getEntriesByName('bipvl-answer').length"
-        before = self.page.evaluate(count)
-        act()
-        self.page.wait_for_function(f"n => ({count})() > n", arg=before)
-        self.page.wait_for_function("() => true")
-
-    def click(self, place: tuple[float, float]) -> None:
-        self.answer(lambda: self.page.mouse.click(*place))
-
-    def drag(self, start: tuple[float, float], end: tuple[float, float]) -> None:
-        self.page.mouse.move(*start)
-        self.page.mouse.down()
-        self.page.mouse.move(*end, steps=5)
-        self.page.mouse.up()
-
-    def choose(self, label: str) -> None:
-        self.page.locator('[data-cy="data-row"]').filter(has_text=label).first.click()
-        wait_for(self.visit, ".correct .label", label)
-
-    def submit(self) -> None:
-        """And compare what the archive has with what is shown, voxel by voxel."""
-        shown = drawing(self.visit)
-        saved = lambda answer: "/datastore/label" in answer.url and answer.request.method == "PUT"  # noqa: E731
-        with self.page.expect_response(saved):
-            button(self.visit, "Submit Label").click()
-        wait_for(self.visit, ".drawn", "Submitted at")
-        self.page.locator(".submit:enabled").wait_for()
-        held = self.site.segmentations(PATIENT)
-        self.submits += 1
-        assert len(held) == self.submits
-        assert_holds(held[-1], shown, self.site.series[PATIENT])
 
 
 def segment(visit: Visit) -> None:
@@ -155,7 +58,7 @@ def segment(visit: Visit) -> None:
 @needs_orthanc
 @needs_browser
 def test_every_way_to_correct_ends_in_the_archive(site: Site, visit: Visit, dialogs: Dialogs) -> None:
-    hand, page = Hand(visit, site), visit.page
+    hand, page = Hand(visit, site, PATIENT), visit.page
     states = [hand.mask]
     assert not states[0].any() and page.locator("button.undo").is_disabled()
     segment(visit)
@@ -290,7 +193,7 @@ def test_every_way_to_correct_ends_in_the_archive(site: Site, visit: Visit, dial
 @needs_orthanc
 @needs_browser
 def test_undo_of_more_than_twenty_steps_over_loading_and_segmenting(site: Site, visit: Visit, dialogs: Dialogs) -> None:
-    hand, page = Hand(visit, site), visit.page
+    hand, page = Hand(visit, site, PATIENT), visit.page
     hand.choose("liver")
     page.keyboard.press("a")
     hand.click(hand.place(0.5, 0.5))  # the first answer looks at the image, as nobody has asked for a mask
@@ -330,7 +233,7 @@ def test_undo_of_more_than_twenty_steps_over_loading_and_segmenting(site: Site, 
 @needs_orthanc
 @needs_browser
 def test_requests_can_be_given_up(site: Site, visit: Visit, dialogs: Dialogs) -> None:
-    hand, page = Hand(visit, site), visit.page
+    hand, page = Hand(visit, site, PATIENT), visit.page
     segment(visit)
     before = hand.mask
     held: list[Any] = []
@@ -376,7 +279,7 @@ def test_requests_can_be_given_up(site: Site, visit: Visit, dialogs: Dialogs) ->
 @needs_orthanc
 @needs_browser
 def test_a_server_that_is_killed_between_clicks_loses_nothing(site: Site, visit: Visit, dialogs: Dialogs) -> None:
-    hand, page = Hand(visit, site), visit.page
+    hand, page = Hand(visit, site, PATIENT), visit.page
     visit.expected += ("409 POST", "net::ERR", "502", "503")
     segment(visit)
     hand.choose("liver")

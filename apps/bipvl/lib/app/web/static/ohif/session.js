@@ -1,6 +1,6 @@
 /** What an annotator does in the viewer, from opening a series to training, without a word about how it looks. */
 
-import { Correct } from './correct.js'
+import { Correct } from './correct/correct.js'
 import { Drawing, activeSeries } from './drawing.js'
 import * as keep from './keep.js'
 import { Overlay } from './overlay.js'

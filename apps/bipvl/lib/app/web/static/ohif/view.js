@@ -1,6 +1,6 @@
 /** The panel: buttons, options and what is known of case, model and training, in plain DOM. */
 
-import { Tools, TOOLS_PANEL } from './tools.js'
+import { Tools, TOOLS_PANEL } from './correct/tools.js'
 
 const PANEL = `
 <link rel="stylesheet" href="/ohif/bipvl/panel.css">

@@ -1,8 +1,8 @@
 /** Clicks, scribbles and the box: what a person points out, and the server's answers to it. */
 
 import { Pointing } from './pointing.js'
-import * as server from './server.js'
-import { fromNifti, toNifti } from './volumes.js'
+import * as server from '../server.js'
+import { fromNifti, toNifti } from '../volumes.js'
 
 /** The tools: what they point out, how, and their keys. */
 export const TOOLS = {
