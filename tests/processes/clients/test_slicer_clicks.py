@@ -113,7 +113,7 @@ def test_people_are_apart(server: Server, slicer: Slicer, tmp_path: Path) -> Non
     [
         ({"foreground": [[1000, 0, 0]]}, "foreground: [1000, 0, 0] is outside the image; valid are 0 to"),
         ({"label": "heart"}, "label: unknown label 'heart'; valid are liver, spleen"),
-        ({"foreground": [[1, 1, 1]] * 1001}, "foreground: 1001 points; valid are at most 1000"),
+        ({"foreground": [[1, 1, 1]] * 20001}, "foreground: 20001 points; valid are at most 20000"),
         ({"foreground": [[1, 1]]}, "foreground: expected [i, j, k] in voxels, got [1, 1]"),
     ],
 )
