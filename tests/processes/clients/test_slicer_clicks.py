@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from monailabel.client.client import MONAILabelClientException
 from scipy import ndimage
-from support.slicer import Slicer, shown
 
+from support.clients.slicer import Slicer, shown
 from support.server import Server
 
 CLICKS, SCRIBBLES = "quickstart_clicks", "quickstart_scribbles"
