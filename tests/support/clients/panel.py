@@ -45,7 +45,7 @@ class Site:
 
     def segmentations(self, patient: str) -> list[pydicom.Dataset]:
         """The patient's DICOM SEG objects, oldest first."""
-        query = {"Level": "Instance", "Query": {"Modality": "SEG", "PatientID": patient}}
+        query: dict[str, Any] = {"Level": "Instance", "Query": {"Modality": "SEG", "PatientID": patient}}
         found = requests.post(f"{self.archive.rest}/tools/find", json=query, timeout=60).json()
         files = [requests.get(f"{self.archive.rest}/instances/{i}/file", timeout=60).content for i in found]
         return sorted((pydicom.dcmread(io.BytesIO(f)) for f in files), key=lambda ds: ds.ContentDate + ds.ContentTime)

@@ -15,7 +15,7 @@ from lib.infers.interactive import ClickInfer, Interaction, ScribbleInfer, Work
 from lib.interaction.memory import Memory, OutdatedError
 from lib.tasks import Task
 from lib.volumes.masks import write_mask
-from support.helpers import tiny_task, write_nifti
+from support.helpers import read_nifti, tiny_task, write_nifti
 
 SHAPE = (40, 36, 20)
 # Oblique, and with the first axis backwards: voxels, RAS and LPS are all different.
@@ -49,7 +49,8 @@ def labels() -> np.ndarray:
 def ask(interaction: Interaction, work: Work, **options: Any) -> tuple[nib.Nifti1Image, dict[str, Any]]:
     options = {"label": "liver", "device": "cpu", "box": True, "space": "lps", **options}
     file, result = ClickInfer(interaction).respond(options, work)
-    image = nib.Nifti1Image.from_bytes(nib.load(file).to_bytes())
+    found = read_nifti(file)
+    image = nib.Nifti1Image(np.asarray(found.dataobj), found.affine)
     file.unlink()
     return image, result
 
@@ -193,11 +194,11 @@ def test_scribbles_have_a_box_in_voxels(
     known = sent(tmp_path / "m.nii.gz", drawn, work)
     request = {"selected_label_name": "liver", "label_info": info, "map": known, "device": "cpu"}
     file, result = ScribbleInfer(interaction).respond({**request, "roi": [15, 12, 20, 0, 0, 9]}, work)
-    moved = (np.asarray(nib.load(file).dataobj) == 1) != (labels == 1)
+    moved = (np.asarray(read_nifti(file).dataobj) == 1) != (labels == 1)
     assert moved[13:16, 8, 8].all() and not moved[:12].any() and not moved[16:].any()
     assert result["warnings"] == ["roi: 1 of 4 voxels lie outside of the box: they change nothing"]
     file, result = ScribbleInfer(interaction).respond({**request, "roi": []}, work)
-    assert np.asarray(nib.load(file).dataobj)[13:17, 8, 8].all()
+    assert np.asarray(read_nifti(file).dataobj)[13:17, 8, 8].all()
 
 
 @pytest.mark.parametrize(
