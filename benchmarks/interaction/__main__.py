@@ -148,7 +148,7 @@ def run_command(
             ]
             found = summary(works)
             print(json.dumps({"method": name, "user": who, **found}), flush=True)
-            run: dict[str, Any] = {"name": f"{task.name} {checkpoint.stem} {on} {name} {who}", "task": task.name}
+            run: dict[str, Any] = {"name": f"{task.name} {on} {name} {who}", "task": task.name}
             run["method"] = name
             run |= {"user": who, "on": on, "patients": patients, "commit": commit(), "summary": found}
             records.put(results, run)

@@ -33,14 +33,36 @@ def test_one_noisy_voxel_stops_nothing() -> None:
     assert path_lengths(image, (1.0, 1.0, 1.0), AT, weight=2.0)[3, 6, 1] == pytest.approx(3)
 
 
+def say(margin: float, inside: np.ndarray, outside: np.ndarray, reach: Reach) -> np.ndarray:
+    """Evidence in a row of nine voxels of one margin."""
+    margins, image = np.full((9, 1, 1), margin), np.zeros((1, 9, 1, 1))
+    return evidence(margins, image, (1.0, 1.0, 1.0), inside, outside, reach).ravel()
+
+
 def test_without_clicks_nothing_is_near() -> None:
     assert np.isinf(path_lengths(np.zeros((1, 3, 3, 3)), (1, 1, 1), NONE, 1.0)).all()
-    assert not evidence(np.zeros((1, 3, 3, 3)), (1, 1, 1), NONE, NONE, Reach()).any()
+    assert not say(0.0, NONE, NONE, Reach()).any()
 
 
 def test_the_nearer_click_decides_and_its_say_falls_off() -> None:
     reach = Reach(distance=2.0, intensity=0.0, gain=4.0)
-    found = evidence(np.zeros((1, 9, 1, 1)), (1.0, 1.0, 1.0), np.array([[0, 0, 0]]), np.array([[8, 0, 0]]), reach)
+    found = say(0.0, np.array([[0, 0, 0]]), np.array([[8, 0, 0]]), reach)
     expected = [4 * np.exp(-(d**2) / 8) for d in range(5)]
-    assert found.ravel()[:5] == pytest.approx(expected)
-    assert found.ravel()[5:] == pytest.approx([-x for x in expected[:4][::-1]])
+    assert found[:5] == pytest.approx(expected)
+    assert found[5:] == pytest.approx([-x for x in expected[:4][::-1]])
+
+
+@pytest.mark.parametrize(("margin", "gain"), [(-8.0, 12.0), (-1.0, 4.0), (8.0, 4.0)])
+def test_a_click_overrules_a_model_that_is_sure(margin: float, gain: float) -> None:
+    """At the click: `firm` times what speaks against it, and never less than `gain`."""
+    reach = Reach(distance=2.0, intensity=0.0, gain=4.0, firm=1.5)
+    assert say(margin, np.array([[4, 0, 0]]), NONE, reach)[4] == pytest.approx(gain)
+    assert say(-margin, NONE, np.array([[4, 0, 0]]), reach)[4] == pytest.approx(-gain)
+
+
+def test_each_click_has_its_own_gain() -> None:
+    margins = np.array([-8.0] * 5 + [-1.0] * 4).reshape(9, 1, 1)
+    reach = Reach(distance=1.0, intensity=0.0, gain=4.0, firm=1.5)
+    points = np.array([[0, 0, 0], [8, 0, 0]])
+    found = evidence(margins, np.zeros((1, 9, 1, 1)), (1.0, 1.0, 1.0), points, NONE, reach).ravel()
+    assert found[[0, 8]] == pytest.approx([12, 4])

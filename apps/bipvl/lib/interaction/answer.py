@@ -73,7 +73,7 @@ def answer(
     if settings.pull and features is not None:
         changed = changed + _refitted(base, features, mask, spacing, prompts, settings)
     if settings.reach is not None:
-        changed = changed + evidence(seen, spacing, prompts.inside, prompts.outside, settings.reach)
+        changed = changed + evidence(base, seen, spacing, prompts.inside, prompts.outside, settings.reach)
     if settings.smooth:
         wanted = graph_cut(seen.mean(0), changed, prompts.inside, prompts.outside, settings.smooth, settings.spread)
     else:

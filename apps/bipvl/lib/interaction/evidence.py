@@ -18,12 +18,14 @@ class Reach:
 
     distance: mm at which it has fallen to exp(-1/2), in tissue like the clicked one.
     intensity: how many mm a difference of one standard deviation of the box counts per mm of way.
-    gain: of the margin (log odds) at the click itself.
+    gain: of the margin (log odds) at the click itself, at least.
+    firm: times the margin that speaks against a click, if that is more: a click overrules even a model that is sure.
     """
 
     distance: float = 5.0
     intensity: float = 1.0
     gain: float = 3.0
+    firm: float = 1.25
 
 
 def scaled(image: np.ndarray) -> np.ndarray:
@@ -49,9 +51,7 @@ def path_lengths(image: np.ndarray, spacing: Sequence[float], points: np.ndarray
     if not len(points):
         return np.full(shape, np.inf, np.float32)
     # What the clicked tissue looks like: the nearest click decides where several are given.
-    away = np.ones(shape, bool)
-    away[tuple(points.T)] = False
-    nearest = ndimage.distance_transform_edt(away, sampling=spacing, return_distances=False, return_indices=True)
+    nearest = _nearest(points, shape, spacing)
     smooth = ndimage.median_filter(image, size=(1, 3, 3, 1))
     cost = 1 + weight * np.abs(smooth - smooth[:, nearest[0], nearest[1], nearest[2]]).mean(0)
     lengths, _ = MCP_Geometric(cost, sampling=tuple(spacing)).find_costs([tuple(p) for p in points])
@@ -59,18 +59,39 @@ def path_lengths(image: np.ndarray, spacing: Sequence[float], points: np.ndarray
 
 
 def evidence(
-    image: np.ndarray, spacing: Sequence[float], inside: np.ndarray, outside: np.ndarray, reach: Reach
+    margin: np.ndarray,
+    image: np.ndarray,
+    spacing: Sequence[float],
+    inside: np.ndarray,
+    outside: np.ndarray,
+    reach: Reach,
 ) -> np.ndarray:
     """What the clicks add to the class's margin: (h, w, d) float32, positive for the class, negative against it.
 
     exp(-g² / 2 distance²) · gain of the geodesic distance g from the clicks of either kind; the nearer kind decides
     where both speak.
+
+    Args:
+        margin: (h, w, d), log odds before the clicks.
+        image: (channels, h, w, d), the intensities in standard deviations.
+        inside, outside: (n, 3) voxels.
     """
-    for_it, against = (
-        np.exp(-0.5 * (path_lengths(image, spacing, points, reach.intensity) / reach.distance) ** 2)
-        for points in (inside, outside)
-    )
-    return (reach.gain * np.where(for_it >= against, for_it, -against)).astype(np.float32)
+    found = np.zeros(margin.shape, np.float32)
+    nearest = np.full(margin.shape, np.inf)
+    for points, sign in ((inside, 1.0), (outside, -1.0)):
+        if len(points):
+            way = path_lengths(image, spacing, points, reach.intensity)
+            gain = np.maximum(reach.gain, -sign * reach.firm * margin[_nearest(points, margin.shape, spacing)])
+            found = np.where(way < nearest, sign * gain * np.exp(-0.5 * (way / reach.distance) ** 2), found)
+            nearest = np.minimum(nearest, way)
+    return found.astype(np.float32)
+
+
+def _nearest(points: np.ndarray, shape: Sequence[int], spacing: Sequence[float]) -> tuple[np.ndarray, ...]:
+    """The indices of the nearest of some voxels, in mm as the crow flies: three arrays (h, w, d)."""
+    away = np.ones(tuple(shape), bool)
+    away[tuple(points.T)] = False
+    return tuple(ndimage.distance_transform_edt(away, sampling=spacing, return_distances=False, return_indices=True))
 
 
 def distance(points: np.ndarray, shape: Sequence[int], spacing: Sequence[float]) -> np.ndarray:

@@ -99,7 +99,7 @@ def next_correction(
 def inputs(found: Scene, prompts: Prompts, reach: Reach) -> tuple[np.ndarray, np.ndarray]:
     """Of the refiner: margin with evidence (h, w, d), and guidance."""
     base = respect(found.margin, found.mask, DRAWN)
-    said = evidence(scaled(found.image), found.spacing, prompts.inside, prompts.outside, reach)
+    said = evidence(base, scaled(found.image), found.spacing, prompts.inside, prompts.outside, reach)
     maps = guidance(base, found.image, found.mask, found.others, found.spacing, prompts)
     return base + said, maps
 
