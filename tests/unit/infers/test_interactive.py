@@ -64,9 +64,8 @@ def state(interaction: Interaction, work: Work) -> np.ndarray:
 
 def start(interaction: Interaction, work: Work) -> np.ndarray:
     """The model's mask; no label of the random model is where the tests click."""
-    interaction.session(work, "liver", "cpu", afresh=False)
-    session = interaction.memory.get(interaction.key(work))
-    assert session is not None
+    session, _ = interaction.session(work, "liver", "cpu", afresh=False)
+    interaction.keep(work, session)
     labels = np.zeros(SHAPE, np.uint8)
     labels[5:12, 5:12, 5:12], labels[25:32, 20:27, 5:12] = 1, 2
     session.set(labels, "a test")
@@ -202,6 +201,30 @@ def test_bad_clicks_are_refused_and_change_nothing(
     with pytest.raises(ValueError, match=message):
         ClickInfer(interaction).respond({"device": "cpu", **request_}, work)
     assert np.array_equal(state(interaction, work), labels)
+
+
+@pytest.mark.parametrize("bad", [{"foreground": [[99, 0, 0]]}, {"background": [[1, 1, 1]], "foreground": [[1, 1, 1]]}])
+def test_a_refused_click_that_would_begin_afresh_leaves_the_mask(
+    interaction: Interaction, work: Work, bad: dict[str, Any]
+) -> None:
+    labels = start(interaction, work)
+    with pytest.raises(ValueError, match="voxel|outside the image"):
+        ClickInfer(interaction).respond({"label": "liver", "device": "cpu", "reset_state": "true", **bad}, work)
+    assert np.array_equal(state(interaction, work), labels)
+
+
+@pytest.mark.parametrize("shape", [SHAPE, (30, 36, 20)])
+def test_an_image_that_was_replaced_is_begun_again(task: Task, tmp_path: Path, shape: tuple[int, ...]) -> None:
+    values = np.random.default_rng(0).integers(-50, 200, SHAPE).astype(np.int16)
+    own = Work("ann", "b", write_nifti(tmp_path / "b.nii.gz", values, AFFINE))
+    interaction = Interaction(BiPVLInfer(task, tmp_path / "models"), Memory(), Images())
+    start(interaction, own)
+    write_nifti(own.path, values, AFFINE)  # the same voxels, written again
+    assert click(interaction, own, foreground=[[15, 8, 8]])[1]["mask_from"] == "a test"
+    write_nifti(own.path, np.random.default_rng(1).integers(-50, 200, shape).astype(np.int16), AFFINE)
+    mask, result = click(interaction, own, foreground=[[15, 8, 8]])
+    assert mask.shape == shape and mask[15, 8, 8] and result["mask_from"] == "the model's mask"
+    assert result["warnings"][0].startswith("the image's file has changed")
 
 
 def test_bad_scribbles_are_refused_and_change_nothing(interaction: Interaction, work: Work, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from lib.files import temporary_file
 from lib.infers.bipvl import BiPVLInfer
-from lib.infers.images import Images
+from lib.infers.images import Images, stamp
 from lib.infers.options import click_options, scribble_options
 from lib.infers.segmentation import label_info
 from lib.interaction import boxes
@@ -77,7 +77,9 @@ class Interaction:
     ) -> None:
         """Keep what a mask's own pass found, so that the first click need not compute it."""
         kept = {key: meta[key] for key in META}
-        session = Session(version, kept, margins(prediction.probabilities, task), Kept(labels), "your last mask")
+        session = Session(
+            version, kept, margins(prediction.probabilities, task), Kept(labels), "your last mask", stamp(work.path)
+        )
         self.memory.put(self.key(work), session)
 
     def state(self, work: Work) -> str | None:
@@ -88,21 +90,23 @@ class Interaction:
     def session(
         self, work: Work, label: str, device: str, afresh: bool, state: str = "", watch: Watch | None = None
     ) -> tuple[Session, list[str]]:
-        """The person's session, one that knows how sure the model was of the label; and warnings.
+        """The person's session, one that knows how sure the model was of the label; and warnings. A new one is kept by
+        whoever asked for it, once it is of use.
 
         Raises:
             OutdatedError: it is not in this `state`, if one is named.
         """
-        session = None if afresh else self.memory.get(self.key(work))
+        session, warnings = None if afresh else self.memory.get(self.key(work)), []
+        if session and not self._shows_the_same(session, work):
+            session = None
+            warnings.append("the image's file has changed: the mask that the server kept was of another image")
         if state and (session is None or session.state != state):
             raise OutdatedError
-        warnings = []
         if session is None or label not in session.margins:
             started = self._start(work, device, session.version if session else None, afresh, watch)
             if session is not None:
                 started.labels, started.origin, started.state = session.labels, session.origin, session.state
             session = started
-            self.memory.put(self.key(work), session)
         if (served := self.engine.served()) != session.version:
             warnings.append(
                 f"version {served} has been published meanwhile: this image goes on with version {session.version}, "
@@ -117,12 +121,26 @@ class Interaction:
         if work.label is not None and not afresh:
             labels, origin = self._submitted(work.label, work.path), "the submitted label"
         found = margins(prediction.probabilities, loaded.task)
-        return Session(loaded.version, {key: meta[key] for key in META}, found, Kept(labels), origin)
+        kept = {key: meta[key] for key in META}
+        shown = self.images.digest(work.path)
+        return Session(loaded.version, kept, found, Kept(labels), origin, stamp(work.path), shown)
+
+    def _shows_the_same(self, session: Session, work: Work) -> bool:
+        """Whether the image is still what the model saw; another file may show the same voxels."""
+        shown = self.images.digest(work.path)
+        if not session.shown and session.file == stamp(work.path):
+            session.shown = shown
+        return session.shown == shown
+
+    def keep(self, work: Work, session: Session) -> None:
+        """Remember a session, in place of the one that there is."""
+        if self.memory.get(self.key(work)) is not session:
+            self.memory.put(self.key(work), session)
 
     def submitted(self, work: Work) -> None:
         """Hear of a label that the person submitted: work goes on from it."""
         session = self.memory.get(self.key(work))
-        if session is not None and work.label is not None:
+        if session is not None and work.label is not None and self._shows_the_same(session, work):
             with session.lock:
                 labels = self._submitted(work.label, work.path)
                 if not np.array_equal(labels, session.labels.full()):
@@ -249,6 +267,7 @@ class InteractiveInfer(InferInterface):
             if state and session.state != state:
                 raise OutdatedError
             before, after, origin, said = self._answer(session, label, given, work)
+            self.interaction.keep(work, session)
             state = session.state
         moved = before != after
         box = boxes.of_change(moved) if given["box"] else None

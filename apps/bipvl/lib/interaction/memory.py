@@ -74,6 +74,8 @@ class Session:
     meta: `affine` of the network's grid, `original_affine`, `spatial_shape`.
     margins: of each label.
     origin: where its mask came from, for the answer.
+    file: what told the image's file from others when the model saw it.
+    shown: what tells the image's voxels from others; empty until somebody clicks.
     changes: what the present clicks on each label changed.
     points: the present clicks on each label; done: those from before the map was drawn, which it has obeyed already
         though clients go on sending them.
@@ -86,6 +88,8 @@ class Session:
     margins: Mapping[str, Margin]
     labels: Kept
     origin: str
+    file: tuple[Any, ...] = ()
+    shown: str = ""
     changes: dict[str, Change] = field(default_factory=dict)
     points: dict[str, set[Point]] = field(default_factory=dict)
     done: dict[str, set[Point]] = field(default_factory=dict)
