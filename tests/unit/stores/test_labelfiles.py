@@ -26,7 +26,7 @@ from lib.stores.uploads.checks import check_label_file
 from lib.stores.uploads.numbering import segment_names
 from lib.volumes.masks import write_mask
 from support.drawn import SHAPE, drawing, everything, history, rejected, ten_drawings, two_cases, value_of
-from support.helpers import label, tiny_task, write_nifti
+from support.helpers import label, read_nifti, tiny_task, write_nifti
 
 
 @pytest.fixture
@@ -205,6 +205,7 @@ def test_a_submit_is_refused_in_the_words_of_training(studies, labels):
     assert len(rejected(studies)) == 5
     for value in (1, 0.9999999, 2.0000002):
         store.save_label("a", drawn(value), "final", {"annotated": ["LIVER"]})
+        assert float(read_nifti(store.datalist()[0]["label"]).get_fdata().max()) == round(value), "exactly"
     assert audit(task, store.datalist()).cases[0].counts == {"liver": 0}
     with pytest.raises(StoreError, match="annotated: unknown class 'kidney'; valid are liver, spleen"):
         store.save_label("a", drawn(1), "final", {"annotated": ["kidney"]})
@@ -224,6 +225,7 @@ def test_a_named_upload_with_rounded_values_is_taken(studies, labels):
     file = write_nifti(labels[0].with_name("v.nii.gz"), np.full(SHAPE, 0.9999999, np.float32))
     store.save_label("a", str(file), "final", {"label_info": [{"name": "Left-Kidney", "idx": 1}]})
     assert store.datalist()[0]["label_names"] == {"left kidney": 1}
+    assert set(np.unique(read_nifti(store.datalist()[0]["label"]).get_fdata())) == {1}
     half = write_nifti(labels[0].with_name("h.nii.gz"), np.full(SHAPE, 0.5, np.float32))
     with pytest.raises(StoreError, match="not whole numbers from 0 to 65535: 0.5"):
         store.save_label("a", str(half), "final", {"label_info": [{"name": "spleen", "idx": 1}]})

@@ -133,7 +133,7 @@ class _Label(Option):
 
     def convert(self, value: Any) -> str:
         if not (label := meant(str(value), self.labels)):
-            raise ValueError(f"{self.name}: unknown label {str(value)!r}; valid are {', '.join(self.labels)}")
+            raise ValueError(f"{self.name}: unknown label {str(value)[:80]!r}; valid are {', '.join(self.labels)}")
         return label
 
 

@@ -25,7 +25,7 @@ from lib.stores.labelfiles import check_new_id, check_tag, facts, files_of
 from lib.stores.labelfolder import LabelFolder, refuse_change, refused
 from lib.stores.renaming import Renaming, planned, rename_class
 from lib.stores.uploads.checks import check_image_file, check_label_file, plain, same_volume, suffix_of
-from lib.stores.uploads.numbering import check_trainable, renumber
+from lib.stores.uploads.numbering import check_trainable, renumber, without_errors
 from lib.tasks import Task
 from lib.volumes.folders import image_id as id_of
 from lib.volumes.folders import newest, twins, usable, volumes
@@ -294,6 +294,8 @@ class LocalStore(Store):
             if renumbered:
                 info["label_names"] = renumbered.names
                 source = renumbered.file(source, Path(folder), image)
+            elif tag == FINAL and self.tasks and (exact := without_errors(drawn)):
+                source = exact.file(source, Path(folder), image)
             self._labels.put(case, tag, source, info)
 
     def _images(self) -> dict[str, Path]:

@@ -69,11 +69,23 @@ def renumber(source: Path, label: MetaTensor, info: Mapping[str, Any], tasks: Se
     task = _task(info.get("model"), [names[value] for value in shown if value in names], tasks)
     changed = to_task_values(whole, names, task)
     drawn = [label_of(names[value], task) for value in shown]
-    same = np.array_equal(changed, whole)
+    same = np.array_equal(changed, label.numpy())  # a float's error is no value that other programs should read
     return Renumbered(
         {name: task.label_values[name] for name in drawn if name},
         None if same else MetaTensor(torch.from_numpy(changed.astype(np.int32)), affine=label.affine),
     )
+
+
+def without_errors(label: MetaTensor) -> Renumbered | None:
+    """A label whose values lost something as floats, with whole numbers; None if it holds whole numbers.
+
+    Raises:
+        StoreError: values that are not whole numbers but for a float's error.
+    """
+    whole = whole_numbers(label.numpy())
+    if np.array_equal(whole, label.numpy()):
+        return None
+    return Renumbered({}, MetaTensor(torch.from_numpy(whole.astype(np.int32)), affine=label.affine))
 
 
 def check_trainable(label: MetaTensor, info: Mapping[str, Any], tasks: Sequence[Task]) -> None:

@@ -153,8 +153,9 @@ def _prepare(
     given = json_object(params)
     request = _Request({**_options(task, given, model, image), "model": model}, output)
     if model in interactive and (output is InferOutput.dicom_seg or (file is not None and not session_id)):
-        what = "output: dicom_seg" if output is InferOutput.dicom_seg else "file"
-        raise HTTPException(400, f"{what} is not offered for clicks and scribbles: name an image or a session_id")
+        if output is InferOutput.dicom_seg:
+            raise HTTPException(400, "output: dicom_seg is not offered for clicks and scribbles")
+        raise HTTPException(400, "file is not offered for clicks and scribbles: name an image or a session_id")
     if session_id:
         request.path = Path(known_session(services, session_id, touch=True)["image"])
     elif file is not None:
