@@ -135,7 +135,7 @@ def test_inference_reads_no_file_of_the_server(server, studies, tmp_path, path):
         (bomb(), "more than 8 MB when unpacked"),
         (b"no archive", "neither a zip nor a tar"),
     ],
-    ids=lambda v: v if isinstance(v, str) else None,
+    ids=lambda v: v if isinstance(v, str) else "archive",  # bytes of an archive hold the time
 )
 def test_archives_cannot_leave_their_session(server, studies, content, reason):
     before = everything_below(studies.parent / "sessions") if (studies.parent / "sessions").exists() else set()
