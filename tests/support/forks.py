@@ -187,7 +187,11 @@ def _serve(folder: Path, owner: int) -> dict[str, Any] | None:
                 return None
             if key.data == "job":
                 connection = listener.accept()[0]
-                job, files = _receive(connection)
+                received = _receive(connection)
+                if received is None:
+                    connection.close()
+                    continue
+                job, files = received
                 pid = os.fork()
                 if pid == 0:
                     for number, fd in enumerate(files):
@@ -222,12 +226,23 @@ def _serve(folder: Path, owner: int) -> dict[str, Any] | None:
                 children.remove(child)
 
 
-def _receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    head, files, _, _ = socket.recv_fds(connection, 4, 3)
-    (left,), body = struct.unpack("!I", head), b""
-    while left > len(body):
-        body += connection.recv(left - len(body))
-    return json.loads(body), files
+def _receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
+    """A job and its three files; None if whoever asked was killed meanwhile."""
+    files: list[int] = []
+    try:
+        head, files, _, _ = socket.recv_fds(connection, 4, 3)
+        body = b""
+        if len(head) == 4:
+            (left,) = struct.unpack("!I", head)
+            while left > len(body) and (part := connection.recv(left - len(body))):
+                body += part
+            if left == len(body):
+                return json.loads(body), files
+    except OSError:
+        pass
+    for fd in files:
+        os.close(fd)
+    return None
 
 
 def _tell(child: _Child, number: int) -> None:

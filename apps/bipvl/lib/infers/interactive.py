@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from lib.infers.bipvl import BiPVLInfer
 from lib.infers.images import Images, stamp
 from lib.infers.options import click_options, scribble_options
 from lib.infers.segmentation import label_info
+from lib.infers.work import Work
 from lib.interaction import boxes
 from lib.interaction.answer import Settings
 from lib.interaction.boxes import Box
@@ -34,19 +34,6 @@ from lib.volumes.reading import align_label, read_volume
 INSIDE, OUTSIDE = "foreground_scribbles", "background_scribbles"  # segments that 3D Slicer's panel paints on
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM's millimetres, and NIfTI's
 META = ("affine", "original_affine", "spatial_shape")
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a person works on.
-
-    label: the image's last submitted label of the person's own or anybody's, if there is one.
-    """
-
-    person: str
-    image: str
-    path: Path
-    label: Path | None = None
 
 
 class Interaction:

@@ -21,7 +21,7 @@ from lib.app.web.access.options import WebOptions
 from lib.app.web.answers import Places
 from lib.app.web.sessions import Sessions
 from lib.infers import BatchInfer, BiPVLInfer, InteractiveInfer
-from lib.infers.interactive import Work
+from lib.infers.work import Work
 from lib.model.predict import Watch
 from lib.stores.interface import Store
 from lib.trainers import BiPVLTrain

@@ -33,7 +33,7 @@ from lib.app.web.routes.data import known_session
 from lib.app.web.running import Asked, CancelledError, Run, Running
 from lib.files import ORIGINAL
 from lib.infers import BiPVLInfer, InteractiveInfer
-from lib.infers.interactive import Work
+from lib.infers.work import Work
 
 logger = logging.getLogger(__name__)
 
