@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -207,9 +208,9 @@ class InteractiveInfer(InferInterface):
         return self.interaction.task
 
     @property
+    @abstractmethod
     def options(self) -> OptionTable:
         """What a request may ask for."""
-        raise NotImplementedError
 
     def is_valid(self) -> bool:
         return True
@@ -278,14 +279,15 @@ class InteractiveInfer(InferInterface):
         }
         return file, result
 
+    @abstractmethod
     def _label(self, given: Mapping[str, Any]) -> str:
-        raise NotImplementedError
+        """The label that a request is about."""
 
+    @abstractmethod
     def _answer(
         self, session: Session, label: str, given: Mapping[str, Any], work: Work
     ) -> tuple[np.ndarray, np.ndarray, str, list[str]]:
         """The map before and after, where the one before came from, and warnings."""
-        raise NotImplementedError
 
     @staticmethod
     def _near(prompts: Prompts, limits: Box | None) -> tuple[Prompts, list[str]]:

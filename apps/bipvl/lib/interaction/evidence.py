@@ -89,8 +89,7 @@ def evidence(
 
 def _nearest(points: np.ndarray, shape: Sequence[int], spacing: Sequence[float]) -> tuple[np.ndarray, ...]:
     """The indices of the nearest of some voxels, in mm as the crow flies: three arrays (h, w, d)."""
-    away = np.ones(tuple(shape), bool)
-    away[tuple(points.T)] = False
+    away = _elsewhere(points, shape)
     return tuple(ndimage.distance_transform_edt(away, sampling=spacing, return_distances=False, return_indices=True))
 
 
@@ -98,6 +97,11 @@ def distance(points: np.ndarray, shape: Sequence[int], spacing: Sequence[float])
     """(h, w, d) float, mm from the nearest of some voxels; infinite without any."""
     if not len(points):
         return np.full(tuple(shape), np.inf)
+    return ndimage.distance_transform_edt(_elsewhere(points, shape), sampling=spacing)
+
+
+def _elsewhere(points: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """(h, w, d) boolean: all voxels but some."""
     away = np.ones(tuple(shape), bool)
     away[tuple(points.T)] = False
-    return ndimage.distance_transform_edt(away, sampling=spacing)
+    return away

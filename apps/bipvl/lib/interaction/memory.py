@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import ndimage
 
+from lib.interaction import boxes
 from lib.interaction.boxes import Box
 from lib.interaction.margins import Margin
 from lib.interaction.prompts import Prompts
@@ -54,9 +54,8 @@ class Kept:
     """A label map in memory: the box that holds its labels."""
 
     def __init__(self, labels: np.ndarray) -> None:
-        found = ndimage.find_objects((labels > 0).astype(np.uint8))
         self.shape = labels.shape
-        self.box: Box = found[0] if found else (slice(0, 1),) * 3
+        self.box = boxes.of_change(labels > 0)
         self.part = labels[self.box].copy()
 
     def full(self) -> np.ndarray:

@@ -14,6 +14,7 @@ from lib.interaction.boxes import Box
 from lib.interaction.margins import Margin, margins
 from lib.model.nets import BiPVLSeg
 from lib.model.predict import predict
+from lib.stores.uploads.names import to_task_values, whole_numbers
 from lib.tasks import Task
 from lib.volumes.reading import align_label, read_volume
 from lib.volumes.transforms import restore, restore_box
@@ -58,15 +59,12 @@ def segmented(model: BiPVLSeg, task: Task, case: Mapping[str, Any], image: MetaT
     found = predict(model, image, task, keep_features=True)
     assert found.features is not None and found.text is not None
     volume = read_volume(case["image"])
-    given = align_label(read_volume(case["label"]), volume).numpy()[0].round()
-    truth = np.zeros(given.shape, np.uint8 if max(task.label_values.values()) <= 255 else np.uint16)
-    for name, label in task.labels.items():
-        truth[np.isin(given, [label.value, *label.file_values])] = task.label_values[name]
+    given = align_label(read_volume(case["label"]), volume).numpy()[0]
     x, y, z = np.linalg.norm(volume.affine.numpy()[:3, :3], axis=0).tolist()
     return Segmented(
         str(case["id"]),
         volume.numpy(),
-        truth,
+        to_task_values(whole_numbers(given), None, task),
         restore(found.probabilities, image, task),
         (x, y, z),
         {key: image.meta[key] for key in META},
