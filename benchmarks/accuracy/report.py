@@ -25,6 +25,7 @@ NAMES = {
     "unetpp": "UNet++",
     "dynunet": "DynUNet",
     "mednext": "MedNeXt",
+    "resenc": "ResEnc U-Net",
     "bipvl-fixed": "BiPVL-Seg, fixed head",
     "bipvl-text": "BiPVL-Seg, text head",
 }

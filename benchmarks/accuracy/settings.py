@@ -8,7 +8,7 @@ from typing import Any
 from lib.model.nets.vision import BACKBONES
 from lib.tasks import Task, load_task
 
-VISION_ONLY = ("swin_unetr", "swin_unetr_v2", "unetr", "unet", "unetpp", "dynunet", "mednext")
+VISION_ONLY = ("swin_unetr", "swin_unetr_v2", "unetr", "unet", "unetpp", "dynunet", "mednext", "resenc")
 MODELS = ("bipvl", *VISION_ONLY)
 HEADS = ("fixed", "text")
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.networks.nets import DynUNet, MedNeXt
+from monai.networks.nets import DynUNet
 from monai.utils import set_determinism
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
@@ -71,11 +71,8 @@ class VisionOnly(nn.Module):
             self.net: nn.Module = DynUNet(
                 3, channels, task.out_channels, [[3] * 3] * 5, strides, strides[1:], filters=widths, res_block=True
             )
-        elif name == "mednext":
-            self.net = MedNeXt(3, spec.feature_size, channels, task.out_channels, kernel_size=3)
         else:
-            own = {"heads": spec.swin_heads} if name.startswith("swin") else {}
-            backbone = build_vision(name, channels, task.patch, spec.feature_size, spec.checkpointing, **own)
+            backbone = build_vision(task, name)
             self.net = nn.Sequential(backbone, FixedHead(backbone.feature_width, task.out_channels))
             if supervised:
                 levels = backbone.decoder_widths[:LEVELS]

@@ -11,7 +11,7 @@ from lib.tasks.concepts import ATTRIBUTES, Concepts, StrictModel, TaskError, Tex
 from lib.tasks.names import check_names, meant
 from lib.tasks.wording import markup
 
-Backbone = Literal["swin_unetr", "swin_unetr_v2", "unetr", "unet", "unetpp"]
+Backbone = Literal["swin_unetr", "swin_unetr_v2", "unetr", "unet", "unetpp", "resenc", "mednext"]
 VISION_BACKBONES: tuple[Backbone, ...] = get_args(Backbone)
 Unjudged = Literal["keep", "publish"]  # what becomes of a version that cannot be compared with the served one
 UNJUDGED: tuple[Unjudged, ...] = get_args(Unjudged)

@@ -136,8 +136,7 @@ def build_model(task: Task, assets: TextAssets | None = None) -> BiPVLSeg:
         TaskError: the text encoder cannot be loaded, or a sentence is too long for it.
     """
     spec = task.model
-    own = {"heads": spec.swin_heads} if spec.vision.startswith("swin") else {}
-    vision = build_vision(spec.vision, len(task.channels), task.patch, spec.feature_size, spec.checkpointing, **own)
+    vision = build_vision(task)
     text = build_text(task, assets)
     fusion = nn.ModuleList()
     for n, (width, stride) in enumerate(zip(vision.widths, vision.strides, strict=True)):
