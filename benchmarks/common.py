@@ -136,7 +136,7 @@ def machine() -> dict[str, Any]:
 def save(name: str, result: dict[str, Any]) -> None:
     """Write a measurement of speed or memory, with the machine's facts, in the place of the one of this name."""
     records.put(SPEED, {"name": name, "machine": machine(), **result})
-    print(f"written: {name} in {SPEED.relative_to(ROOT)}", file=sys.stderr)
+    print(f"written: {name} in {SPEED}", file=sys.stderr)
 
 
 def save_runs(file: Path, runs: list[dict[str, Any]], **setting: Any) -> None:
@@ -149,9 +149,11 @@ def save_runs(file: Path, runs: list[dict[str, Any]], **setting: Any) -> None:
 
 
 def _program() -> list[str]:
-    """`-m benchmarks.…` for a module, the path for a script."""
-    path = Path(sys.argv[0]).resolve().relative_to(ROOT).with_suffix("")
-    return ["-m", ".".join(p for p in path.parts if p != "__main__")]
+    """`-m benchmarks.…` for a module of ours, the path for anything else."""
+    path = Path(sys.argv[0]).resolve()
+    if not path.is_relative_to(ROOT):
+        return [path.name]
+    return ["-m", ".".join(p for p in path.relative_to(ROOT).with_suffix("").parts if p != "__main__")]
 
 
 def _read(path: str) -> str:

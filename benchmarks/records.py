@@ -3,6 +3,8 @@
     accuracy.jsonl               everything of a run but its curves
     accuracy.curves.jsonl.gz     {"name": …, "curves": …} of each run with curves
 
+They lie in benchmarks/results, or in the folder that the environment variable BIPVL_RESULTS names.
+
 Files are rewritten whole, beside their place, under a lock: several processes may add runs to one of them.
 """
 
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ from filelock import FileLock
 from benchmarks import ROOT
 from lib.files import write_atomic
 
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = Path(os.environ.get("BIPVL_RESULTS") or ROOT / "benchmarks" / "results")
 LOCK_SECONDS = 60
 
 Run = dict[str, Any]

@@ -36,6 +36,7 @@ from benchmarks.common import (
 )
 from lib.model.allocator import keep_freed_memory
 from lib.model.losses import segmentation_loss
+from lib.tasks import Task
 from lib.trainers.objective import TrainingNetwork
 from lib.trainers.recipe import descend
 
@@ -44,6 +45,8 @@ Vision = Annotated[str, typer.Option(help="swin_unetr (V1) or swin_unetr_v2")]
 Device = Annotated[str, typer.Option(help="cpu or cuda")]
 Threads = Annotated[int, typer.Option(help="threads of torch on the CPU")]
 Repeats = Annotated[int, typer.Option(help="rounds that count; one more warms up")]
+FeatureSize = Annotated[int, typer.Option(help="of both networks; 48 is the paper's")]
+Patch = Annotated[int, typer.Option(help="voxels per side")]
 
 BASE = {"precision": "float32", "layout": "contiguous", "compile": False, "batch": 1, "reread": False}
 
@@ -51,10 +54,10 @@ BASE = {"precision": "float32", "layout": "contiguous", "compile": False, "batch
 class Worker:
     """A process that measures on demand, because an allocator is chosen when a process starts."""
 
-    def __init__(self, allocator: str, vision: str, device: str, threads: int) -> None:
-        options = ["--vision", vision, "--device", device, "--threads", str(threads), "--allocator", allocator]
+    def __init__(self, allocator: str, **options: str | int) -> None:
+        given = [part for key, value in options.items() for part in (f"--{key.replace('_', '-')}", str(value))]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", __spec__.name, "worker", *options],
+            [sys.executable, "-m", __spec__.name, "worker", *given, "--allocator", allocator],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -82,18 +85,23 @@ def _environment() -> dict[str, str]:
 
 @app.command(hidden=True)
 def worker(
-    vision: Vision = "swin_unetr", device: Device = "cpu", threads: Threads = 2, allocator: str = "tuned"
+    vision: Vision = "swin_unetr",
+    device: Device = "cpu",
+    threads: Threads = 2,
+    allocator: str = "tuned",
+    patch: Patch = 96,
+    feature_size: FeatureSize = 48,
 ) -> None:
     """Read settings from standard input, one per line, and answer each with its times."""
     if allocator == "tuned":
         keep_freed_memory()
     with ThreadPoolExecutor(1) as server:  # a server computes in a thread, where allocators behave differently
-        server.submit(_work, vision, device, threads).result()
+        task = full_size(model__vision=vision, patch=[patch] * 3, model__feature_size=feature_size)
+        server.submit(_work, task, device, threads).result()
 
 
-def _work(vision: str, device: str, threads: int) -> None:
+def _work(task: Task, device: str, threads: int) -> None:
     torch.set_num_threads(threads)
-    task = full_size(model__vision=vision)
     made: dict[tuple, torch.nn.Module] = {}
     for line in sys.stdin:
         setting = json.loads(line)
@@ -126,6 +134,8 @@ def inference(
     repeats: Repeats = 7,
     extras: Annotated[bool, typer.Option(help="also layout, windows per pass and re-reading the text")] = True,
     compiler: Annotated[bool, typer.Option(help="also torch.compile (minutes to compile)")] = False,
+    patch: Patch = 96,
+    feature_size: FeatureSize = 48,
 ) -> None:
     """Seconds per window of each network."""
     settings: dict[str, tuple[str, dict[str, Any]]] = {}
@@ -154,7 +164,10 @@ def inference(
         for network in ("stock", "ours"):
             settings[f"{network}, float32, tuned, compiled"] = ("tuned", {**BASE, "network": network, "compile": True})
 
-    workers = {name: Worker(name, vision, device, threads) for name in ("default", "tuned")}
+    size: dict[str, Any] = {"patch": patch, "feature_size": feature_size}
+    workers = {
+        name: Worker(name, vision=vision, device=device, threads=threads, **size) for name in ("default", "tuned")
+    }
     try:
         found = alternate(
             {name: partial(_per_window, workers[a], setting) for name, (a, setting) in settings.items()}, repeats
@@ -177,7 +190,15 @@ def inference(
             name, *_times(twin), f"{twin['wall_ratio']:.2f}", f"{twin['cpu_ratio']:.2f}", f"{call['wall_ratio']:.2f}"
         )
     Console(width=140).print(table)
-    save(f"inference-{vision}-{device}", {"vision": vision, "device": device, "seconds_per_window": rows})
+    save(
+        f"inference-{vision}-{device}{_suffix(**size)}",
+        {"vision": vision, "device": device, "seconds_per_window": rows},
+    )
+
+
+def _suffix(patch: int, feature_size: int) -> str:
+    """What a measurement's name says of sizes that are not the paper's."""
+    return f"-{patch}" * (patch != 96) + f"-width{feature_size}" * (feature_size != 48)
 
 
 def _per_window(worker: Worker, setting: dict[str, Any]) -> dict[str, float]:
@@ -221,7 +242,6 @@ class Step:
         return {kind: sum(r[kind] for r in runs) / count for kind in runs[0]}
 
 
-Patch = Annotated[int, typer.Option(help="voxels per side")]
 Batch = Annotated[int, typer.Option(help="patches per step")]
 Checkpointing = Annotated[bool, typer.Option(help="recompute activations, in both networks")]
 
@@ -234,6 +254,7 @@ def training(
     repeats: Repeats = 5,
     batch: Batch = 1,
     patch: Patch = 96,
+    feature_size: FeatureSize = 48,
     checkpointing: Checkpointing = False,
     text_interval: Annotated[int, typer.Option(help="also with a reading of the text that lasts this many steps")] = 2,
 ) -> None:
@@ -241,6 +262,7 @@ def training(
     keep_freed_memory()
     torch.set_num_threads(threads)
     settings = {"model__vision": vision, "patch": [patch] * 3, "model__checkpointing": checkpointing}
+    settings |= {"model__feature_size": feature_size}
     intervals = {"stock": 1, "ours": 1} | {f"ours, text every {n} steps": n for n in [text_interval] if n > 1}
     steps = {
         name: Step(name, full_size(**settings, training__text_interval=n), batch, device)
@@ -253,7 +275,7 @@ def training(
         table.add_row(name, *_times(row), f"{row['wall_ratio']:.2f}", f"{row['cpu_ratio']:.2f}")
     Console(width=140).print(table)
     setting = {"vision": vision, "device": device, "batch": batch, "patch": patch, "checkpointing": checkpointing}
-    suffix = f"-{patch}" * (patch != 96) + "-checkpointing" * checkpointing
+    suffix = _suffix(patch, feature_size) + "-checkpointing" * checkpointing
     save(f"training-{vision}-{device}-batch{batch}{suffix}", {**setting, "seconds_per_step": rows})
 
 
@@ -264,6 +286,7 @@ def memory(
     threads: Threads = 2,
     batch: Batch = 1,
     patch: Patch = 96,
+    feature_size: FeatureSize = 48,
     checkpointing: Checkpointing = False,
     steps: Annotated[bool, typer.Option("--training/--no-training", help="also of training")] = True,
 ) -> None:
@@ -272,7 +295,7 @@ def memory(
     for what in ("inference", "training") if steps else ("inference",):
         for network in ("stock", "ours"):
             options = {"vision": vision, "device": device, "threads": threads, "batch": batch, "patch": patch}
-            options |= {"network": network, "what": what, "checkpointing": checkpointing}
+            options |= {"network": network, "what": what, "checkpointing": checkpointing, "feature_size": feature_size}
             command = [sys.executable, "-m", __spec__.name, "peak", json.dumps(options)]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=_environment())
             rows[f"{what}, {network}"] = json.loads(done.stdout.splitlines()[-1])
@@ -285,7 +308,7 @@ def memory(
         table.add_row(name, *sizes, f"{row['process_ratio']:.2f}", f"{row['above_imports_ratio']:.2f}")
     Console(width=140).print(table)
     setting = {"vision": vision, "device": device, "batch": batch, "patch": patch, "checkpointing": checkpointing}
-    suffix = f"-batch{batch}" * (batch != 1) + f"-{patch}" * (patch != 96) + "-checkpointing" * checkpointing
+    suffix = f"-batch{batch}" * (batch != 1) + _suffix(patch, feature_size) + "-checkpointing" * checkpointing
     save(f"memory-{vision}-{device}{suffix}", {**setting, "bytes": rows})
 
 
@@ -295,7 +318,8 @@ def peak(options: str) -> None:
     given = json.loads(options)
     torch.set_num_threads(given["threads"])
     device, patch = given["device"], [given["patch"]] * 3
-    task = full_size(model__vision=given["vision"], patch=patch, model__checkpointing=given["checkpointing"])
+    size = {"patch": patch, "model__feature_size": given["feature_size"]}
+    task = full_size(model__vision=given["vision"], model__checkpointing=given["checkpointing"], **size)
     base = resident()
     if given["what"] == "training":
         step = Step(given["network"], task, given["batch"], device)

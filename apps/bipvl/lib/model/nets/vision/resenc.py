@@ -45,7 +45,8 @@ def plan(patch: Sequence[int], spacing: Sequence[float]) -> Plan:
         Strides and kernels of six levels, the first at full resolution.
     """
     sizes, lengths = list(patch), list(spacing)
-    strides, kernels = [(1, 1, 1)], [_kernel(lengths, (1, 1, 1))]
+    strides: list[tuple[int, ...]] = [(1, 1, 1)]
+    kernels = [_kernel(lengths, (1, 1, 1))]
     for _ in range(LEVELS - 1):
         large = [axis for axis in range(3) if sizes[axis] >= 2 * SMALLEST and sizes[axis] % 2 == 0]
         shortest = min((lengths[axis] for axis in large), default=0.0)
