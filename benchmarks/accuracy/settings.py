@@ -101,7 +101,7 @@ class Run:
         parts += [f"n{self.train_patients}"] if self.train_patients is not None else []
         parts += [f"fold{self.fold}"] if self.fold is not None else []
         parts += [f"i{self.iterations}"] if self.iterations is not None else []
-        parts += [f"{key.split('.')[-1]}={value}" for key, value in self.overrides]
+        parts += [f"{key.split('.')[-1]}={str(value).replace('/', '-')}" for key, value in self.overrides]
         return "_".join([*parts, f"s{self.seed}"])
 
     def task_of(self) -> Task:

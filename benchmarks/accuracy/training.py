@@ -34,6 +34,7 @@ from lib.model.nets.heads import LEVELS, FixedHead
 from lib.model.nets.text import Sentences
 from lib.model.nets.vision import build_vision
 from lib.model.predict import predict
+from lib.model.pretrained import load_vision_weights
 from lib.tasks import Task
 from lib.trainers.objective import TrainingNetwork
 from lib.trainers.recipe import build_schedule, descend
@@ -74,6 +75,7 @@ class VisionOnly(nn.Module):
         else:
             backbone = build_vision(task, name)
             self.net = nn.Sequential(backbone, FixedHead(backbone.feature_width, task.out_channels))
+            load_vision_weights(backbone, task)
             if supervised:
                 levels = backbone.decoder_widths[:LEVELS]
                 self.maps = nn.ModuleList(

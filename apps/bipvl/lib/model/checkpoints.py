@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, BertConfig
 
 from lib.files import write_atomic
 from lib.model.nets import BiPVLSeg, TextAssets, build_model
+from lib.model.nets.text import source_of
 from lib.tasks import Task, task_from_dict
 
 FORMAT = 3  # before 3 a fixed head had the paper's class embedding; a text head was another network
@@ -194,8 +195,9 @@ def _text_difference(assets: TextAssets, name: str) -> str | None:
     if name == "scratch":
         return "'scratch' makes a vocabulary of its own"
     try:
-        theirs, ours = BertConfig(**json.loads(assets.config)), BertConfig.from_pretrained(name)
-        tokenizers = [Tokenizer.from_str(assets.tokenizer), AutoTokenizer.from_pretrained(name).backend_tokenizer]
+        source = source_of(name)
+        theirs, ours = BertConfig(**json.loads(assets.config)), BertConfig.from_pretrained(source)
+        tokenizers = [Tokenizer.from_str(assets.tokenizer), AutoTokenizer.from_pretrained(source).backend_tokenizer]
     except Exception as error:  # hub, file and format errors come as many types
         return f"they cannot be compared: {brief(error)}"
     for field in BERT_FIELDS:

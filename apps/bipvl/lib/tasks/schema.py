@@ -85,12 +85,14 @@ class ScratchText(StrictModel):
 
 
 class ModelSpec(StrictModel):
-    """The network. `text` is a hub name, a local folder, or `scratch`."""
+    """The network. `text` is a hub name, a local folder, `minilm`, or `scratch`; `vision_weights` is a file of weights
+    that others trained, with which fresh networks start (`lib.model.pretrained`)."""
 
     vision: Backbone = "swin_unetr"
     feature_size: Annotated[int, Field(ge=4)] = 48
     swin_heads: Annotated[int, Field(ge=1)] = 3  # of stage 1, doubled each stage; small models are faster with 1
     text: str = "emilyalsentzer/Bio_ClinicalBERT"
+    vision_weights: Annotated[str, Field(min_length=1)] | None = None
     text_format: TextFormat = "concepts"
     scratch: ScratchText = ScratchText()
     fusion: Literal["bifusion", "late", "identity"] = "bifusion"  # late: at the last stage only

@@ -53,14 +53,14 @@ def middle(image: Tensor, patch: tuple[int, int, int]) -> Tensor:
 
 def untrained(task: Task, assets: TextAssets | None) -> BiPVLSeg:
     """The network as a first round begins with it: pre-trained text encoder, or random numbers for `scratch`, whose
-    tokenizer is taken from the trained network, so that both read the same tokens.
+    tokenizer is taken from the trained network, so that both read the same tokens; and the task's vision weights.
 
     Raises:
-        lib.tasks.TaskError: the pre-trained encoder cannot be loaded.
+        lib.tasks.TaskError: what is pre-trained cannot be loaded.
     """
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
-        return build_model(task, assets if task.model.text == "scratch" else None).eval()
+        return build_model(task, assets if task.model.text == "scratch" else None, fresh=True).eval()
 
 
 def describe(vectors: Tensor) -> dict[str, Any]:

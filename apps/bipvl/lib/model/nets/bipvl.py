@@ -19,6 +19,7 @@ from lib.model.nets.fusion import WINDOW, BiFusion, IdentityFusion
 from lib.model.nets.heads import LEVELS, ClassEmbedding, ClassPyramid, FixedHead, TextHead, distinction
 from lib.model.nets.text import Sentences, StageDividedBert, TextAssets, TextStates, build_text
 from lib.model.nets.vision import STAGES, VisionBackbone, build_vision
+from lib.model.pretrained import load_vision_weights
 from lib.tasks import Task
 
 
@@ -125,15 +126,18 @@ class BiPVLSeg(nn.Module):
         return states, distinction(states.meaning.unflatten(0, (classes, -1)), own)
 
 
-def build_model(task: Task, assets: TextAssets | None = None) -> BiPVLSeg:
-    """The network of a task, with fresh weights (and the pre-trained ones of a hub or folder text encoder).
+def build_model(task: Task, assets: TextAssets | None = None, fresh: bool | None = None) -> BiPVLSeg:
+    """The network of a task, with fresh weights, and the pre-trained ones that it names: of a text encoder from a hub,
+    a folder or a package, and of `model.vision_weights`.
 
     Args:
         task: sizes, classes and sentences.
         assets: text configuration and tokenizer of a checkpoint, so that neither hub nor folder is needed.
+        fresh: whether the vision network stays as it is built, and so starts from `model.vision_weights`. By default if
+            there are no assets: a checkpoint brings its own weights.
 
     Raises:
-        TaskError: the text encoder cannot be loaded, or a sentence is too long for it.
+        TaskError: the text encoder or the vision weights cannot be loaded, or a sentence is too long for the encoder.
     """
     spec = task.model
     vision = build_vision(task)
@@ -153,4 +157,6 @@ def build_model(task: Task, assets: TextAssets | None = None) -> BiPVLSeg:
         head = TextHead(vision.feature_width, spec.projection, text.width, task.overlapping)
     else:
         head = FixedHead(vision.feature_width, task.out_channels)
+    if fresh or (fresh is None and assets is None):
+        load_vision_weights(vision, task)
     return BiPVLSeg(vision, text, fusion, embedding, head, spec.projection)

