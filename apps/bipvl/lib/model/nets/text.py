@@ -317,7 +317,7 @@ def build_text(task: Task, assets: TextAssets | None = None) -> StageDividedBert
 def source_of(name: str) -> str:
     """What transformers loads for a `model.text`: for `minilm` the folder in its package, else the name itself.
 
-    The package is only looked up, not imported: its code asks for sentence-transformers, and we need the files alone.
+    The package is looked up, not imported: we need its files alone, not its code, nor sentence-transformers with that.
 
     Raises:
         TaskError: `minilm`, and the package is not installed.
