@@ -180,6 +180,8 @@ class RoundTask(TrainTask):
             return TrainingNetwork(build_model(self.task), self.task)
         checkpoint = self.versions.read(start)
         logger.info("Starting from version %d", start)
+        if self.task.model.vision_weights:
+            logger.info("model.vision_weights is not read: only a round from fresh weights does (pretrained false)")
         network = TrainingNetwork(build_model(self.task, checkpoints.text_assets(checkpoint)), self.task)
         network.model.load_state_dict(checkpoint["model"])
         if "uncertainty" in checkpoint:
