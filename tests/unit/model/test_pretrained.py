@@ -15,7 +15,6 @@ from benchmarks.accuracy.training import VisionOnly
 from lib.infers.explain import concept_map
 from lib.model import checkpoints
 from lib.model.nets import build_model
-from lib.model.nets.vision import build_vision
 from lib.model.pretrained import load_vision_weights
 from lib.model.reports.page import Examined
 from lib.model.versions import Versions
@@ -26,6 +25,7 @@ from support.helpers import tiny_task
 
 PATCH = (64, 32, 32)
 CLASSES = 14
+CHANNELS = ("FLAIR", "T1", "T1Gd", "T2")
 
 
 def network_of_others(channels=1, size=12, **more):
@@ -43,10 +43,16 @@ def theirs():
     return network_of_others()
 
 
+def backbone(vision="swin_unetr", channels=1, **model):
+    """One of ours with random weights."""
+    torch.manual_seed(5)
+    task = tiny_task(patch=PATCH, model={"vision": vision, **model})
+    return build_model(task.model_copy(update={"channels": CHANNELS[:channels]})).vision.eval()
+
+
 @pytest.fixture
 def ours():
-    torch.manual_seed(5)
-    return build_vision("swin_unetr", 1, PATCH, 12).eval()
+    return backbone()
 
 
 def named(path, **changes):
@@ -55,7 +61,7 @@ def named(path, **changes):
 
 
 def four_channels(path):
-    return named(path).model_copy(update={"channels": ("FLAIR", "T1", "T1Gd", "T2")})
+    return named(path).model_copy(update={"channels": CHANNELS})
 
 
 def written(folder, content):
@@ -181,8 +187,7 @@ def test_two_of_the_layouts_are_those_that_monai_reads_itself(theirs, tmp_path):
 
 
 def test_one_image_channel_into_four_answers_as_before(theirs, tmp_path):
-    torch.manual_seed(5)
-    ours = build_vision("swin_unetr", 4, PATCH, 12).eval()
+    ours = backbone(channels=4)
     report = load_vision_weights(ours, four_channels(written(tmp_path, btcv(theirs))))
     first = ("encoder1.layer.conv1.conv.weight", "encoder1.layer.conv3.conv.weight")
     assert set(report.spread) == {"swinViT.patch_embed.proj.weight", *first}
@@ -195,7 +200,7 @@ def test_one_image_channel_into_four_answers_as_before(theirs, tmp_path):
 def test_four_channels_stay_four_and_go_into_no_other_number(ours, tmp_path):
     theirs = network_of_others(channels=4)
     path = written(tmp_path, btcv(theirs))
-    brain = build_vision("swin_unetr", 4, PATCH, 12)
+    brain = backbone(channels=4)
     assert not load_vision_weights(brain, four_channels(path)).spread
     assert same_weights(brain, theirs)
     with pytest.raises(TaskError, match=r"It is for 4 image channels; valid are files for 1$"):
@@ -223,7 +228,7 @@ def test_another_feature_size_is_named_with_the_one_that_fits(ours, tmp_path):
 
 def test_heads_are_told_by_their_tables_although_all_else_fits(theirs, tmp_path):
     """The projections of one head and of three are of one size, and would be read as each other."""
-    one = build_vision("swin_unetr", 1, PATCH, 12, heads=1)
+    one = backbone(swin_heads=1)
     assert refused(one, written(tmp_path, self_supervised(theirs))).endswith("It fits with model.swin_heads 3")
 
 
@@ -243,7 +248,7 @@ def test_a_network_that_does_more_than_ours_is_another_one(more, ours, tmp_path)
 
 def test_the_second_version_takes_the_second_version(tmp_path):
     theirs = network_of_others(use_v2=True)
-    ours = build_vision("swin_unetr_v2", 1, PATCH, 12)
+    ours = backbone("swin_unetr_v2")
     assert load_vision_weights(ours, named(written(tmp_path, btcv(theirs)), vision="swin_unetr_v2")).kept == ()
     assert same_weights(ours, theirs)
 
@@ -316,8 +321,7 @@ def test_the_other_backbones_take_monais_network_but_for_its_head(vision, prefix
     torch.manual_seed(11)
     state = OTHERS[vision]().state_dict()
     path = written(tmp_path, {f"{prefix}{name}": tensor for name, tensor in state.items()})
-    torch.manual_seed(5)
-    ours = build_vision(vision, 1, PATCH, 12)
+    ours = backbone(vision)
     report = load_vision_weights(ours, named(path, vision=vision))
     assert report.encoder == 1.0
     assert len(report.loaded) > 10 * len(report.kept), "the last block of UNet is its head"
@@ -327,7 +331,7 @@ def test_the_other_backbones_take_monais_network_but_for_its_head(vision, prefix
 def test_a_vision_transformer_alone_is_the_encoder_of_unetr(tmp_path):
     torch.manual_seed(11)
     vit = UNETR(1, 5, PATCH, 12, 192, 768, 3).vit.state_dict()
-    ours = build_vision("unetr", 1, PATCH, 12)
+    ours = backbone("unetr")
     report = load_vision_weights(ours, named(written(tmp_path, {"state_dict": vit}), vision="unetr"))
     assert report.encoder == 1.0
     state = ours.state_dict()
@@ -337,7 +341,7 @@ def test_a_vision_transformer_alone_is_the_encoder_of_unetr(tmp_path):
 def test_a_network_of_another_kind_fills_nothing(theirs, tmp_path):
     path = written(tmp_path, btcv(theirs))
     with pytest.raises(TaskError, match="fills 0% of the encoder's parameters"):
-        load_vision_weights(build_vision("unet", 1, PATCH, 12), named(path, vision="unet"))
+        load_vision_weights(backbone("unet"), named(path, vision="unet"))
 
 
 # Where networks start
@@ -364,8 +368,8 @@ def test_the_map_before_training_and_the_benchmark_start_there_too(theirs, tmp_p
     task = named(written(tmp_path, btcv(theirs)))
     assets = build_model(tiny_task()).text.assets
     assert same_weights(concept_map.untrained(task, assets).vision, theirs)
-    backbone, _ = VisionOnly("swin_unetr", task).net.children()
-    assert same_weights(backbone, theirs)
+    network, _ = VisionOnly("swin_unetr", task).net.children()
+    assert same_weights(network, theirs)
 
 
 def test_a_round_starts_from_the_file_until_a_version_is_served(theirs, tmp_path, caplog):
