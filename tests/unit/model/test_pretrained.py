@@ -91,7 +91,7 @@ def btcv(net):
     """The checkpoints of BTCV and BraTS, with the score as NumPy's number."""
     state = net.state_dict()
     optimizer = {"state": {0: {"step": 7}}, "param_groups": [{"lr": 1e-4, "params": [0]}]}
-    return {"epoch": 7, "best_acc": np.float64(0.8225), "state_dict": state, "optimizer": optimizer}
+    return {"epoch": torch.tensor(7), "best_acc": np.float64(0.8225), "state_dict": state, "optimizer": optimizer}
 
 
 def model_zoo(net):

@@ -182,10 +182,8 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise _Misfit("damaged, or not a file of torch.save") from error
     except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise _Misfit(f"damaged, or not a file of torch.save: {' '.join(str(error).split())[:200]}") from error
-    tensors = _tensors(content)
-    for key in CONTAINERS:
-        if isinstance(content, Mapping) and not tensors:
-            tensors = _tensors(content.get(key))
+    inner = [_tensors(content.get(key)) for key in CONTAINERS] if isinstance(content, Mapping) else []
+    tensors = next(filter(None, inner), None) or _tensors(content)
     if not tensors:
         keys = _some([str(key) for key in content]) if isinstance(content, Mapping) else type(content).__name__
         raise _Misfit(f"holds no weights by name, but {keys}; valid are names, or under {', '.join(CONTAINERS)}")

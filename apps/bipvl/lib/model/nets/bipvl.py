@@ -133,8 +133,8 @@ def build_model(task: Task, assets: TextAssets | None = None, fresh: bool | None
     Args:
         task: sizes, classes and sentences.
         assets: text configuration and tokenizer of a checkpoint, so that neither hub nor folder is needed.
-        fresh: whether the vision network stays as it is built, and so starts from `model.vision_weights`. By default if
-            there are no assets: a checkpoint brings its own weights.
+        fresh: whether the vision network starts from `model.vision_weights`. By default it does without assets: with
+            them the weights of a checkpoint follow.
 
     Raises:
         TaskError: the text encoder or the vision weights cannot be loaded, or a sentence is too long for the encoder.
