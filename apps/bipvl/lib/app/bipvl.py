@@ -62,7 +62,7 @@ class BiPVLApp(MONAILabelApp):
     `--conf model.feature_size 12` changes one value of every selected task. Without either, `quickstart` is served.
     `--conf lease_minutes 60` is how long a case that one annotator was offered is not offered to others; 0: not at all.
     `--conf score_cases 200` is how many unlabelled cases are scored in the background; 0: none.
-    `--conf interaction false` offers neither clicks nor scribbles.
+    `--conf interaction false` offers neither clicks nor scribbles, and rounds have nothing to do with them.
 
     Raises:
         lib.tasks.TaskError: at start-up, for an unknown task or a file that cannot be used.
@@ -156,7 +156,9 @@ class BiPVLApp(MONAILabelApp):
         return found
 
     def init_trainers(self) -> dict[str, BiPVLTrain]:
-        return {name: BiPVLTrain(task, self.model_dir / name) for name, task in self.tasks.items()}
+        return {
+            name: BiPVLTrain(task, self.model_dir / name, self.interactive) for name, task in self.tasks.items()
+        }
 
     def init_batch_infer(self) -> BatchInfer:
         return self.batch

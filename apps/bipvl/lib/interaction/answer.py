@@ -1,20 +1,25 @@
-"""The answer to clicks and scribbles without any training: from the model's margin to a mask that follows them."""
+"""The answer to clicks and scribbles: from the model's margin to a mask that follows them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from lib.interaction.cut import graph_cut
 from lib.interaction.evidence import Reach, distance, evidence, scaled
+from lib.interaction.guidance import guidance
 from lib.interaction.prompts import Prompts
 from lib.interaction.refit import refit
 
 BALL = 2.5  # mm around a click that count as clicked when a kernel is re-fitted
 SURE = 2.0  # log odds from which a voxel of the present mask is an anchor
 ANCHORS = 2000  # at most, of either kind
+
+# What a trained refiner adds to the margin of a box (h, w, d), from its guidance (CHANNELS, h, w, d) and the decoder's
+# features (width, h, w, d).
+Refine = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,8 @@ def answer(
     prompts: Prompts,
     settings: Settings,
     features: np.ndarray | None = None,
+    refine: Refine | None = None,
+    others: np.ndarray | None = None,
 ) -> np.ndarray:
     """The mask of one class as its prompts make it; what of it is taken over: `lib.interaction.regions.put`.
 
@@ -62,7 +69,9 @@ def answer(
         spacing: mm per voxel.
         prompts: at least one.
         settings: the steps.
-        features: (width, h, w, d) of the decoder, for a re-fit.
+        features: (width, h, w, d) of the decoder, for a re-fit and a refiner.
+        refine: of a trained refiner.
+        others: (h, w, d) boolean, where other classes are; for a refiner.
 
     Returns:
         (h, w, d) boolean.
@@ -74,6 +83,9 @@ def answer(
         changed = changed + _refitted(base, features, mask, spacing, prompts, settings)
     if settings.reach is not None:
         changed = changed + evidence(base, seen, spacing, prompts.inside, prompts.outside, settings.reach)
+    if refine is not None:
+        assert features is not None and others is not None
+        changed = changed + refine(guidance(base, image, mask, others, spacing, prompts), features)
     if settings.smooth:
         wanted = graph_cut(seen.mean(0), changed, prompts.inside, prompts.outside, settings.smooth, settings.spread)
     else:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from lib.interaction import boxes
-from lib.interaction.answer import Settings, answer
+from lib.interaction.answer import Refine, Settings, answer
 from lib.interaction.boxes import Box
 from lib.interaction.memory import Change
 from lib.interaction.prompts import Prompts
@@ -27,6 +27,7 @@ def respond(
     features: Callable[[Box], np.ndarray] | None = None,
     limits: Box | None = None,
     kept: np.ndarray | None = None,
+    refine: Refine | None = None,
 ) -> tuple[np.ndarray, Change]:
     """Answer the prompts of one class.
 
@@ -41,6 +42,7 @@ def respond(
         features: of the decoder in a box, (width, …).
         limits: a box that holds all prompts; nothing changes outside of it.
         kept: (n, 3) voxels that stay as they are, but for those that are prompted.
+        refine: of a trained refiner, which needs features.
 
     Returns:
         The new map, and what changed.
@@ -57,6 +59,8 @@ def respond(
         near,
         settings,
         features(box) if features else None,
+        refine,
+        (before > 0) & ~mask,
     )
     after = put(before, value, wanted, near.inside, near.outside)
     if kept is not None:

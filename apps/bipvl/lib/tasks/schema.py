@@ -141,6 +141,8 @@ class Training(StrictModel):
     gate_margin: Annotated[float, Field(ge=0, le=1)] = 0.02  # how much Dice one class may lose in a round
     gate_min_cases: Annotated[int, Field(ge=1)] = 1
     gate_unjudged: Unjudged = "keep"
+    gate_clicks: Annotated[int, Field(ge=0)] = 4  # cases on which a robot user clicks, for the gate
+    refiner: Annotated[int, Field(ge=0)] = 0  # simulated corrections of the second stage (docs/running/training.md)
     cross_validate: bool = True  # while there are too few cases to set one aside
 
 

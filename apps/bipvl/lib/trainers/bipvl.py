@@ -28,12 +28,13 @@ class BiPVLTrain(TrainInterface):
     Args:
         task: what to segment.
         model_dir: the task's folder for versions, runs and the remembered split.
+        interaction: whether people click; if not, no robot does, and no refiner is trained.
     """
 
-    def __init__(self, task: Task, model_dir: Path) -> None:
+    def __init__(self, task: Task, model_dir: Path, interaction: bool = True) -> None:
         super().__init__(f"Train BiPVL-Seg on {task.description}")
         self.task = task
-        self.folder = model_dir
+        self.folder, self.interaction = model_dir, interaction
         self.versions = Versions(model_dir)
         self.options = train_options(task, f"sqlite:///{model_dir / 'mlflow.db'}")
 
@@ -82,4 +83,4 @@ class BiPVLTrain(TrainInterface):
         Raises:
             ValueError: naming the option and what is valid.
         """
-        return self.options.full(request)
+        return self.options.full(request) | ({} if self.interaction else {"gate_clicks": 0, "refiner": 0})

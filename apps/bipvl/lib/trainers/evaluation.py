@@ -14,6 +14,7 @@ from lib.model.nets import BiPVLSeg
 from lib.model.predict import Prediction, predict
 from lib.model.reports.page import Examined
 from lib.tasks import Task
+from lib.trainers.refiner.clicks import Robot
 from lib.volumes.transforms import apply, load
 
 
@@ -26,7 +27,11 @@ class CaseScores:
 
 
 def score_cases(
-    model: BiPVLSeg, task: Task, cases: Sequence[dict[Any, Any]], examined: Examined | None = None
+    model: BiPVLSeg,
+    task: Task,
+    cases: Sequence[dict[Any, Any]],
+    examined: Examined | None = None,
+    robot: Robot | None = None,
 ) -> CaseScores:
     """Score a model on whole volumes, on the grid of its own task.
 
@@ -38,15 +43,19 @@ def score_cases(
         task: the task that the model was trained for.
         cases: with `id`, `image`, `label` and, if a label is partial, `annotated`.
         examined: is told of every case.
+        robot: corrects some of them.
     """
     scores, was_training = CaseScores(), model.training
     model.eval()
     for case in cases:
         data = apply(load(task, label=True), {**case})
-        prediction = predict(model, data["image"], task)
+        features = robot is not None and robot.needs_features
+        prediction = predict(model, data["image"], task, keep_features=features)
         pred, label = _masks(prediction, task, data["label"])
         if examined:
             examined.prediction(data, prediction, pred, label)
+        if robot:
+            robot.prediction(task, case, data["image"], prediction)
         known = [name for name, declared in zip(task.classes, data["annotated"].tolist(), strict=True) if declared]
         dice = dict(zip(task.classes, class_dice(pred, label), strict=True))
         voxels = dict(zip(task.classes, label.flatten(1).sum(1).tolist(), strict=True))

@@ -13,6 +13,8 @@ TOLERANCE = 1e-6  # equal models may differ in the last digits of a float32 mean
 
 # Case id to class name to Dice. A case lacks the classes that its label was not annotated for.
 Scores = Mapping[str, Mapping[str, float]]
+# Case id to label name to Dice after each number of clicks.
+Curves = Mapping[str, Mapping[str, Sequence[float]]]
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,39 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Clicks:
+    """What a robot user's corrections of both models' masks came to.
+
+    numbers: of clicks, in order.
+    served: None if nothing is served.
+    """
+
+    numbers: tuple[int, ...]
+    served: Curves | None
+    candidate: Curves
+
+    def rows(self) -> tuple[tuple[Row, ...], tuple[str, ...]]:
+        """One row per number of clicks, and the cases that count. Dice is the mean over cases, then over labels, of
+        what both models were clicked on."""
+        labels: dict[str, list[str]] = {}  # to their cases
+        for case, curves in self.candidate.items():
+            for label in curves:
+                if self.served is None or label in self.served.get(case, ()):
+                    labels.setdefault(label, []).append(case)
+        if not labels:
+            return (), ()
+
+        def after(curves: Curves, n: int) -> float:
+            return _mean(_mean(curves[case][name][n] for case in cases) for name, cases in labels.items())
+
+        rows = (
+            Row(str(number), None if self.served is None else after(self.served, n), after(self.candidate, n))
+            for n, number in enumerate(self.numbers)
+        )
+        return tuple(rows), tuple(sorted({case for cases in labels.values() for case in cases}))
+
+
+@dataclass(frozen=True)
 class Decision:
     """Whether to publish, and why.
 
@@ -39,6 +74,8 @@ class Decision:
     reason: a sentence for the user.
     rows: one per class, and the mean last.
     cases: what both were scored on.
+    clicks: one row per number of clicks, its name; empty if nobody clicked.
+    clicked: the cases that a robot clicked on.
     """
 
     publish: bool
@@ -46,6 +83,8 @@ class Decision:
     reason: str
     rows: tuple[Row, ...]
     cases: tuple[str, ...]
+    clicks: tuple[Row, ...] = ()
+    clicked: tuple[str, ...] = ()
 
     def table(self) -> str:
         """One line per class; short, because clients show only the last twenty lines of a round."""
@@ -56,6 +95,13 @@ class Decision:
             change = "" if row.difference is None else f"{row.difference:+.3f}"
             change = change if row.candidate is not None else "not judged"
             lines.append(f"{row.name:<{width}}  {served:>6}  {candidate:>9}  {change:>10}".rstrip())
+        if self.clicks:
+            served, candidate = (
+                " ".join("-" if value is None else f"{value:.3f}" for value in values)
+                for values in ([row.served for row in self.clicks], [row.candidate for row in self.clicks])
+            )
+            numbers = ", ".join(row.name for row in self.clicks)
+            lines.append(f"Dice after {numbers} clicks: served {served}, candidate {candidate}")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -74,6 +120,16 @@ class Decision:
                 }
                 for row in self.rows
             ],
+            "clicked": list(self.clicked),
+            "clicks": [
+                {
+                    "clicks": int(row.name),
+                    "served": _rounded(row.served),
+                    "candidate": _rounded(row.candidate),
+                    "difference": _rounded(row.difference),
+                }
+                for row in self.clicks
+            ],
         }
 
 
@@ -86,11 +142,13 @@ def decide(
     min_cases: int = 1,
     unjudged: Unjudged = "keep",
     shown: Mapping[str, Collection[str]] | None = None,
+    clicks: Clicks | None = None,
 ) -> Decision:
     """Compare a candidate with the served model on the cases that both were scored on.
 
-    It is published only if mean Dice does not fall and no class falls by more than the margin. The Dice of a class is
-    its mean over cases, mean Dice the mean of these over classes, so that a rare class weighs as much as any other.
+    It is published only if mean Dice does not fall, no class falls by more than the margin, and mean Dice after no
+    number of clicks does. The Dice of a class is its mean over cases, mean Dice the mean of these over classes, so that
+    a rare class weighs as much as any other.
 
     Args:
         served: None if nothing is served: the candidate is published as the first.
@@ -101,6 +159,7 @@ def decide(
         unjudged: what becomes of a version that cannot be judged.
         shown: for each case the classes that its label shows; a class that no label shows is not judged, because only
             false alarms would count. None: all scored classes are shown.
+        clicks: what came out when a robot corrected the masks of both; None if none did.
     """
     cases = tuple(sorted(candidate if served is None else served.keys() & candidate.keys()))
     judged_classes = {
@@ -127,15 +186,17 @@ def decide(
         _mean(scored) if scored else None,
     )
     table = (*rows, mean)
+    after, clicked = clicks.rows() if clicks else ((), ())
     if served is None:
-        return Decision(True, False, "the first version: there is none to compare it with", table, cases)
+        reason = "the first version: there is none to compare it with"
+        return Decision(True, False, reason, table, cases, after, clicked)
     if len(cases) < min_cases or not judged:
         reason = (
             f"cannot judge: {len(cases)} case(s) that neither model was trained on, {min_cases} needed"
             if len(cases) < min_cases
             else "cannot judge: no label of the compared cases shows any class"
         )
-        return Decision(unjudged == "publish", False, reason, table, cases)
+        return Decision(unjudged == "publish", False, reason, table, cases, after, clicked)
     assert mean.difference is not None
     fallen = [r for r in judged if r.difference is not None and r.difference < -margin - TOLERANCE]
     complaints = []
@@ -144,12 +205,16 @@ def decide(
     if fallen:
         names = ", ".join(f"{row.name} by {-row.difference:.3f}" for row in fallen if row.difference is not None)
         complaints.append(f"Dice falls by more than {margin:g}: {names}")
+    # After no click at all the masks are those that have been compared above.
+    worse = [r for r in after if r.name != "0" and r.difference is not None and r.difference < -margin - TOLERANCE]
+    if worse:
+        names = ", ".join(f"from {row.served:.3f} to {row.candidate:.3f} after {row.name}" for row in worse)
+        complaints.append(f"clicks are answered worse by more than {margin:g}: Dice falls {names}")
     if complaints:
-        return Decision(False, True, "; ".join(complaints), table, cases)
+        return Decision(False, True, "; ".join(complaints), table, cases, after, clicked)
     change = f"{mean.served:.3f} to {mean.candidate:.3f}"
-    return Decision(
-        True, True, f"mean Dice {change} on {len(cases)} case(s), no class falls by more than {margin:g}", table, cases
-    )
+    reason = f"mean Dice {change} on {len(cases)} case(s), no class falls by more than {margin:g}"
+    return Decision(True, True, reason, table, cases, after, clicked)
 
 
 def _mean(values: Any) -> float:

@@ -7,7 +7,7 @@ import importlib.metadata
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,16 @@ from lib.files import now
 from lib.model import checkpoints
 from lib.model.checkpoints import CheckpointError, restore_model
 from lib.model.nets import BiPVLSeg
+from lib.model.refining import KEY, WAYS, Kept, Way, restore_refiner, to_entry
 from lib.model.reports.page import Examined, round_report, write_report
 from lib.model.versions import Versions
 from lib.tasks import Task
 from lib.trainers import rounds
 from lib.trainers.evaluation import CaseScores, score_cases
-from lib.trainers.gate import Decision, decide
+from lib.trainers.gate import Clicks, Decision, decide
 from lib.trainers.objective import unwrapped
+from lib.trainers.refiner.clicks import CLICKS, Curves, Robot
+from lib.trainers.refiner.stage import Network, train_stage
 from lib.trainers.rounds import Round
 from lib.trainers.tracking import Tracker
 from lib.upstream import Context, TrainTask
@@ -32,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 WITHOUT_VALIDATION = 2  # training cases in the report of a round that has no others
 PACKAGES = ("torch", "monai", "monailabel", "transformers")
+
+Told = Callable[[str, int, int], None]  # what is done, how much of it, of how much; may raise to stop
 
 
 def judge(
@@ -43,6 +48,7 @@ def judge(
     request: dict[str, Any],
     device: torch.device,
     examined: Examined | None = None,
+    told: Told = lambda *_: None,
 ) -> tuple[Decision, dict[str, Any]]:
     """Decide whether a round's model may take the place of the served version.
 
@@ -50,11 +56,15 @@ def judge(
     in: the candidate's score of a case is that of the fold that left it out. The served version's is its own if it
     never saw the case, else that of its own cross-validation, if that ran with the same epochs.
 
+    A robot user clicks on the first `gate_clicks` of the cases that a model is scored on. Each version answers as it
+    would in the app. A candidate with a refiner answers both ways, and is served with the better one.
+
     Args:
         candidate: the round's checkpoint, with its manifest.
         training, validation: the round's cases.
-        request: gate_margin, gate_min_cases, gate_unjudged.
+        request: gate_margin, gate_min_cases, gate_unjudged, gate_clicks.
         examined: is told of every case that the candidate is scored on.
+        told: hears how it goes; may raise to stop.
 
     Returns:
         The decision, and what the manifest says of it.
@@ -65,20 +75,30 @@ def judge(
     served_seen = set(versions.seen(number)) if number is not None else set()
     ours: CaseScores
     theirs: CaseScores | None = CaseScores() if number is not None else None
+    ways: dict[Way, Curves] = {}
+    their_clicks: Curves = {}
+    limit = request["gate_clicks"]
     left_out = [c["id"] for c in validation if c["id"] in served_seen | set(manifest["seen"])]
     if left_out:
         logger.info("Left out of the comparison, because a model was trained on them: %s", ", ".join(left_out))
     if validation or not folds:
         cases = [c for c in validation if c["id"] not in left_out]
         model, own_task = restore_model(candidate)
-        ours = score_cases(model.to(device), own_task, cases, examined)
+        kept = restore_refiner(candidate, model)
+        robot = _robot(limit, cases, kept, WAYS if kept else ("evidence",), "Clicks on this version's masks", told)
+        ours = score_cases(model.to(device), own_task, cases, examined, robot)
+        ways = robot.curves
         if served and theirs is not None:
-            theirs = score_cases(*served, cases)
+            theirs, their_clicks = _score_served(served, f"version {number}", cases, limit, told)
     else:
         ours = CaseScores(folds["scores"], folds["shown"])
+        ways = {"evidence": folds.get("clicks", {})}
         if served and theirs is not None:
-            theirs = score_cases(*served, [c for c in training if c["id"] not in served_seen])
-            theirs.dice |= _earlier_folds(versions, number, folds, served_seen)
+            new = [c for c in training if c["id"] not in served_seen]
+            theirs, their_clicks = _score_served(served, f"version {number}", new, limit, told)
+            theirs.dice |= _earlier_folds(versions, number, folds, served_seen, "scores")
+            their_clicks |= _earlier_folds(versions, number, folds, served_seen, "clicks")
+    way = better(ways)
     decision = decide(
         theirs.dice if theirs is not None else None,
         ours.dice,
@@ -87,9 +107,12 @@ def judge(
         min_cases=request["gate_min_cases"],
         unjudged=request["gate_unjudged"],
         shown=ours.shown,
+        clicks=Clicks(CLICKS, their_clicks if number is not None else None, ways[way]),
     )
     report = {
         **decision.to_dict(),
+        "answered_by": way,
+        "ways": {name: _after(curves) for name, curves in ways.items() if curves},
         "reason": note or decision.reason,
         "against": number,
         "method": "validation" if validation or not folds else "cross-validation",
@@ -99,10 +122,40 @@ def judge(
     return decision, report
 
 
+def _robot(
+    limit: int, cases: Sequence[Any], kept: Kept | None, ways: Sequence[Way], what: str, told: Told
+) -> Robot:
+    refiner = kept.refiner if kept else None
+    return Robot(limit, len(cases), ways, refiner, lambda done, total: told(what, done, total))
+
+
+def _score_served(
+    served: tuple[BiPVLSeg, Task, Kept | None], name: str, cases: Sequence[dict[str, Any]], limit: int, told: Told
+) -> tuple[CaseScores, Curves]:
+    """Scores of the served version, and what came of clicks on its masks, answered as it answers them."""
+    model, own_task, kept = served
+    way: Way = kept.way if kept else "evidence"
+    robot = _robot(limit, cases, kept, (way,), f"Clicks on the masks of {name}", told)
+    return score_cases(model, own_task, cases, robot=robot), robot.curves[way]
+
+
+def better(ways: dict[Way, Curves]) -> Way:
+    """The way to answer that came to the higher mean Dice after clicks; without figures, or if both are equal, the one
+    without training."""
+    means = {way: sum(after[1:]) for way, curves in ways.items() if (after := _after(curves))}
+    return "refiner" if means.get("refiner", 0) > means.get("evidence", 0) else "evidence"
+
+
+def _after(curves: Curves) -> list[float]:
+    """Mean Dice after each number of clicks; empty without figures."""
+    rows, _ = Clicks(CLICKS, None, curves).rows()
+    return [round(row.candidate, 4) for row in rows if row.candidate is not None]
+
+
 def _served(
     versions: Versions, task: Task, device: torch.device
-) -> tuple[tuple[BiPVLSeg, Task] | None, int | None, str | None]:
-    """The served model with its own task, its number, and why it cannot be compared with."""
+) -> tuple[tuple[BiPVLSeg, Task, Kept | None] | None, int | None, str | None]:
+    """The served model with its own task and its refiner, its number, and why it cannot be compared with."""
     try:
         found = versions.read_served()
     except CheckpointError as error:
@@ -114,32 +167,80 @@ def _served(
     model, own_task = restore_model(checkpoint, versions.path(number), task)
     if own_task.classes != task.classes or own_task.channels != task.channels:
         return None, number, f"cannot judge: version {number} has other classes or channels"
-    return (model.to(device), own_task), number, None
+    return (model.to(device), own_task, usable_refiner(checkpoint, model, versions.path(number))), number, None
+
+
+def add_refiner(
+    checkpoint: dict[str, Any],
+    this: Round,
+    task: Task,
+    versions: Versions,
+    steps: int,
+    seed: int,
+    device: torch.device,
+    told: Told,
+) -> None:
+    """Train a refiner for a round's checkpoint and put it in. It goes on from that of the version that the round started
+    from."""
+    model, own_task = restore_model(checkpoint)
+    before, start = None, None
+    if this.parent is not None:
+        parent = versions.read(this.parent)
+        earlier, its_task = restore_model(parent, versions.path(this.parent), task)
+        kept = usable_refiner(parent, earlier, versions.path(this.parent))
+        before, start = Network(earlier.to(device), its_task), kept and kept.refiner
+    network = Network(model.to(device), own_task)
+    refiner, said = train_stage(network, this.training, steps, seed, start, before, this.seen, told)
+    checkpoint[KEY] = to_entry(refiner)
+    checkpoint["manifest"]["refiner"] = said
+
+
+def usable_refiner(checkpoint: dict[str, Any], model: BiPVLSeg, path: Path) -> Kept | None:
+    """The refiner of an earlier version; None if it has none, or one that does not fit, which the log says."""
+    try:
+        return restore_refiner(checkpoint, model, path)
+    except CheckpointError as error:
+        logger.error("%s; clicks are answered without it", error)
+        return None
 
 
 def _earlier_folds(
-    versions: Versions, number: int | None, folds: dict[str, Any], seen: set[str]
-) -> dict[str, dict[str, float]]:
-    """Scores of the served version's own folds, for the cases that it was trained on in the end."""
+    versions: Versions, number: int | None, folds: dict[str, Any], seen: set[str], what: str
+) -> dict[str, Any]:
+    """`scores` or `clicks` of the served version's own folds, for the cases that it was trained on in the end."""
     assert number is not None
     earlier = versions.manifest(number).get("metrics", {}).get("cross_validation") or {}
     if any(earlier.get(key) != folds[key] for key in ("method", "max_epochs")):
         return {}
-    return {case: dice for case, dice in earlier["scores"].items() if case in seen and case in folds["scores"]}
+    return {case: dice for case, dice in earlier.get(what, {}).items() if case in seen and case in folds["scores"]}
 
 
-def publish(this: Round, context: Context, task: Task, versions: Versions, tracker: Tracker) -> dict[str, Any]:
-    """Publish the round's best model as the next version, served if the gate lets it pass, else kept.
+def publish(
+    this: Round,
+    context: Context,
+    task: Task,
+    versions: Versions,
+    tracker: Tracker,
+    told: Told = lambda *_: None,
+) -> dict[str, Any]:
+    """Publish the round's best model as the next version, served if the gate lets it pass, else kept. Before, it gets a
+    refiner, if the round is to train one.
+
+    Args:
+        told: hears how it goes; may raise to stop.
 
     Returns:
         What the statistics say of it.
     """
     best = Path(context.output_dir) / rounds.BEST
     checkpoint = checkpoints.load(best) if best.is_file() else checkpoint_of(this, context, task)
-    decision, gate = judge(
-        checkpoint, task, versions, this.training, this.validation, context.request, context.device, this.examined
-    )
+    if steps := context.request["refiner"]:
+        add_refiner(checkpoint, this, task, versions, steps, int(context.request["seed"]), context.device, told)
+    cases = this.training, this.validation
+    decision, gate = judge(checkpoint, task, versions, *cases, context.request, context.device, this.examined, told)
     manifest = {**checkpoint["manifest"], "gate": gate, "time": now()}
+    if KEY in checkpoint:
+        checkpoint[KEY]["answers"] = gate["answered_by"] == "refiner"
     manifest["seconds"] = round(time.time() - context.start_ts, 1)
     version = versions.publish({**checkpoint, "manifest": manifest}, decision.publish, f"round: {gate['reason']}")
     _report(this, checkpoint, version, context, task, versions, tracker)

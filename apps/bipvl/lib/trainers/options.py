@@ -80,6 +80,20 @@ def train_options(task: Task, tracking_uri: str) -> OptionTable:
             TASK,
             choices=UNJUDGED,
         ),
+        Number(
+            "gate_clicks",
+            recipe.gate_clicks,
+            "cases on which a robot user clicks, for the gate; 0: none",
+            TASK,
+            low=0,
+        ),
+        Number(
+            "refiner",
+            recipe.refiner,
+            "simulated corrections that a refiner learns from after the epochs; 0: the version gets none",
+            TASK,
+            low=0,
+        ),
         Switch("cross_validate", recipe.cross_validate, "with two to four cases: leave each out in turn", TASK),
         Switch("resume", False, "go on with the round that was stopped; other options and cases must be the same"),
         Choice(

@@ -30,6 +30,7 @@ from lib.trainers.evaluation import masks, score_cases
 from lib.trainers.judging import checkpoint_of, publish
 from lib.trainers.objective import TrainingNetwork, unwrapped
 from lib.trainers.recipe import build_schedule, descend
+from lib.trainers.refiner.clicks import Robot
 from lib.trainers.rounds import Fold, Round
 from lib.trainers.split import split_cases
 from lib.trainers.tracking import Tracker
@@ -296,6 +297,11 @@ class RoundTask(TrainTask):
         def tell() -> None:
             write_json(self.stats_file, {**tracker.stats(), "audit": this.audit})
 
+        def told(what: str, done: int, total: int) -> None:
+            stats = {**tracker.stats(), "audit": this.audit, "doing": {"what": what, "done": done, "total": total}}
+            write_json(self.stats_file, stats)
+            tracker.note(what, done, total)
+
         def after_epoch(engine: Engine) -> None:
             tell()
             epoch, last = engine.state.epoch, engine.state.max_epochs
@@ -306,7 +312,7 @@ class RoundTask(TrainTask):
             if this.fold:
                 self._finish_fold(context)
                 return
-            outcome = publish(this, context, self.task, self.versions, tracker)
+            outcome = publish(this, context, self.task, self.versions, tracker, told)
             write_json(self.stats_file, {**tracker.stats(), **outcome})
 
         if context.evaluator:
@@ -336,9 +342,12 @@ class RoundTask(TrainTask):
     def _finish_fold(self, context: Context) -> None:
         this = self.this
         assert this.fold is not None and this.cross_validation is not None
-        found = score_cases(unwrapped(context.network).model, self.task, [this.fold.held_out], this.examined)
+        robot = Robot(int(this.fold.number <= context.request["gate_clicks"]), 1)
+        cases = [this.fold.held_out]
+        found = score_cases(unwrapped(context.network).model, self.task, cases, this.examined, robot)
         this.cross_validation["scores"] |= found.dice
         this.cross_validation["shown"] |= found.shown
+        this.cross_validation.setdefault("clicks", {}).update(robot.curves["evidence"])
         (dice,) = found.dice.values()
         logger.info(
             "%s: Dice of %s: %s",

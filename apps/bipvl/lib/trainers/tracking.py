@@ -92,6 +92,11 @@ class Tracker:
         if self.mlflow:
             self.mlflow.set_tag(key, value)
 
+    def note(self, what: str, done: int, total: int) -> None:
+        """Say how what follows the epochs goes, now and then and at its end."""
+        if done == total or self._is_due():
+            logger.info("%s%s: %d of %d", self.prefix, what, done, total)
+
     def _start_epoch(self, _: Any) -> None:
         self._sums.clear()
         self._patches = 0

@@ -59,6 +59,8 @@ def train(
     gate_margin: Annotated[float | None, typer.Option(help="how much Dice one class may lose")] = None,
     gate_min_cases: Annotated[int | None, typer.Option(help="with fewer cases the model cannot be judged")] = None,
     gate_unjudged: Annotated[str | None, typer.Option(help=f"what cannot be judged: {' or '.join(UNJUDGED)}")] = None,
+    gate_clicks: Annotated[int | None, typer.Option(help="cases on which a robot user clicks; 0: none")] = None,
+    refiner: Annotated[int | None, typer.Option(help="simulated corrections for a refiner; 0: none")] = None,
     cross_validate: Annotated[bool | None, typer.Option(help="with fewer than five cases; default: the task's")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the round that was stopped")] = False,
     device: DeviceOption = None,
@@ -83,6 +85,8 @@ def train(
         "gate_margin": gate_margin,
         "gate_min_cases": gate_min_cases,
         "gate_unjudged": gate_unjudged,
+        "gate_clicks": gate_clicks,
+        "refiner": refiner,
         "cross_validate": cross_validate,
     }
     trainer(request | {k: v for k, v in optional.items() if v is not None}, _Cases(data))

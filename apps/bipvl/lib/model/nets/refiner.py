@@ -53,6 +53,7 @@ class Refiner(nn.Module):
 
     def __init__(self, features: int, condition: int, widths: Sequence[int] = WIDTHS) -> None:
         super().__init__()
+        self.widths = tuple(widths)
         self.norm = nn.GroupNorm(1, features)
         self.read = nn.Conv3d(features, widths[0], 1)
         self.condition = nn.Sequential(nn.LayerNorm(condition), nn.Linear(condition, widths[0]), nn.GELU())

@@ -1,8 +1,10 @@
 """Training of the refiner: simulated corrections on cases that the frozen network has segmented.
 
 A network is nearly right on the patients that it was trained with, and people correct what is wrong. So errors are made
-larger: smooth noise is added to the margin before the mask is taken from it. Then a robot corrects one to five times,
-the refiner answers each time, and learns from its last answer.
+larger: smooth noise is added to the margin before the mask is taken from it. Where another network is known that had
+not been trained on a case, half of the simulations begin with that one's errors. Then a robot corrects one to five
+times, the refiner answers each time, and learns from its last answer. Of what people prompted on a case, a part comes
+first.
 """
 
 from __future__ import annotations
@@ -30,17 +32,23 @@ from lib.trainers.refiner.cases import Segmented
 
 ROUNDS = 5  # most corrections of one simulation
 NOISE = 3.0  # log odds, most of the smooth noise
+NOISY = 0.8  # share of the simulations that have some
+REAL = 0.5  # share that begins with the errors of a network that had not been trained on the case, if there is one
+ASKED = 0.25  # share that begins where a person prompted, if one did
 GRAIN = (4.0, 15.0)  # mm, of its bumps
 HALF = 14.0  # mm around an error that a simulation sees; answers see more (`lib.interaction.respond.REACH`)
 LEARNING_RATE = 1e-3
 WARM_UP = 0.05
 DRAWN = 1.0  # as of the answer's settings
 FEWEST = 4  # voxels of an error that is worth a correction
+AROUND = 20.0  # mm around reference and mask of a label in which errors are made
+COARSE = 2.0  # steps of the noise's grid per standard deviation of a bump
+NOTHING = Prompts(*np.zeros((2, 0, 3), np.int64))
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A box of one class before a correction; arrays as in `Segmented`."""
+    """A box of one class before a correction; arrays as in `Segmented`; asked: what a person prompted there first."""
 
     label: str
     image: np.ndarray
@@ -51,39 +59,89 @@ class Scene:
     features: np.ndarray
     spacing: tuple[float, float, float]
     text: Tensor
+    asked: Prompts
 
 
 def scene(case: Segmented, choose: np.random.Generator) -> Scene | None:
     """A box with an error in it, None if a draw found none."""
     label = str(choose.choice(list(case.margins)))
     value = case.values[label]
+    case = _around_label(case, label)
     shape = case.truth.shape
     truth = case.truth == value
     whole: Box = (slice(0, shape[0]), slice(0, shape[1]), slice(0, shape[2]))
-    margin = case.margins[label].on(case.meta, whole)
-    if choose.random() < 0.8:
+    known = case.errors if label in case.errors and choose.random() < REAL else case.margins
+    margin = known[label].on(case.meta, whole)
+    asked = case.asked.get(label)
+    led = asked is not None and choose.random() < ASKED
+    if known is not case.errors and not led and choose.random() < NOISY:
         margin = margin + noise(shape, case.spacing, choose)
     wrong = (margin > 0) != truth
+    place = _asked_place(asked, wrong, truth, choose) if led and asked is not None else None
+    if place is None:
+        place, asked = _wrong_place(wrong, choose), None
+    if place is None:
+        return None
+    box = boxes.around(place[None], HALF, case.spacing, shape)
+    mask = margin[box] > 0
+    others = (case.truth[box] != value) & (case.truth[box] > 0) & ~mask
+    image = case.image[:, box[0], box[1], box[2]]
+    first = NOTHING if asked is None else _true(asked.within(box), truth).moved(boxes.corner(box))
+    return Scene(
+        *(label, image, truth[box], margin[box], mask, others, case.features_in(box), case.spacing, case.text[label]),
+        first,
+    )
+
+
+def _around_label(case: Segmented, label: str) -> Segmented:
+    """The part of a case that has to do with a label: what lies far from reference and mask is right, and takes time."""
+    value = case.values[label]
+    shown = (case.truth == value) | (case.labels == value)
+    if not shown.any():
+        return case
+    box = boxes.of_change(shown)
+    ends = np.array([[part.start, part.stop - 1] for part in box]).T
+    return case.within(boxes.around(ends, AROUND, case.spacing, shown.shape))
+
+
+def _wrong_place(wrong: np.ndarray, choose: np.random.Generator) -> np.ndarray | None:
+    """A voxel of an error that is worth a correction, large ones first; None if there is none."""
     parts, count = ndimage.label(wrong)
     sizes = np.bincount(parts.ravel())[1:]
     if not count or sizes.max() < FEWEST:
         return None
     part = choose.choice(count, p=np.where(sizes >= FEWEST, sizes, 0) / sizes[sizes >= FEWEST].sum()) + 1
     places = np.argwhere(parts == part)
-    box = boxes.around(places[[choose.integers(len(places))]], HALF, case.spacing, shape)
-    mask = margin[box] > 0
-    others = (case.truth[box] != value) & (case.truth[box] > 0) & ~mask
-    image = case.image[:, box[0], box[1], box[2]]
-    return Scene(
-        label, image, truth[box], margin[box], mask, others, case.features_in(box), case.spacing, case.text[label]
-    )
+    return places[choose.integers(len(places))]
+
+
+def _asked_place(
+    asked: Prompts, wrong: np.ndarray, truth: np.ndarray, choose: np.random.Generator
+) -> np.ndarray | None:
+    """A voxel that a person prompted, that is wrong here too, and that is in the reference as prompted."""
+    points = _true(asked, truth).all
+    points = points[wrong[tuple(points.T)]]
+    return points[choose.integers(len(points))] if len(points) else None
+
+
+def _true(asked: Prompts, truth: np.ndarray) -> Prompts:
+    """Prompts that the reference agrees with; who prompted may have thought better of some."""
+    inside, outside = asked.inside, asked.outside
+    return Prompts(inside[truth[tuple(inside.T)]], outside[~truth[tuple(outside.T)]])
 
 
 def noise(shape: Sequence[int], spacing: Sequence[float], choose: np.random.Generator) -> np.ndarray:
-    """Smooth noise: bumps of one size, of a strength up to `NOISE` log odds."""
-    grain = choose.uniform(*GRAIN) / np.asarray(spacing)
-    found = ndimage.gaussian_filter(choose.standard_normal(tuple(shape)).astype(np.float32), grain)
-    return found / max(float(found.std()), 1e-6) * choose.uniform(0, NOISE)
+    """Smooth noise: bumps of one size, of a strength up to `NOISE` log odds.
+
+    It is drawn on a grid as coarse as the bumps allow: a filter as wide as they are would take seconds.
+    """
+    grain = choose.uniform(*GRAIN) / np.asarray(spacing)  # voxels
+    step = np.maximum(1.0, grain / COARSE)
+    small = [int(np.ceil(size / s)) + 1 for size, s in zip(shape, step, strict=True)]
+    drawn = ndimage.gaussian_filter(choose.standard_normal(small).astype(np.float32), grain / step)
+    places = np.meshgrid(*(np.arange(n) / s for n, s in zip(shape, step, strict=True)), indexing="ij", sparse=True)
+    found = ndimage.map_coordinates(drawn, np.broadcast_arrays(*places), order=1)
+    return (found / max(float(found.std()), 1e-6) * choose.uniform(0, NOISE)).astype(np.float32)
 
 
 def next_correction(
@@ -113,10 +171,9 @@ def answered(refiner: Refiner, found: Scene, prompts: Prompts, reach: Reach) -> 
 
 def simulate(refiner: Refiner, found: Scene, reach: Reach, choose: np.random.Generator) -> Prompts | None:
     """Prompts of one to `ROUNDS` corrections, each of what the refiner's answer to those before got wrong."""
-    prompts = Prompts(*np.zeros((2, 0, 3), np.int64))
-    mask = found.mask
-    for number in range(int(choose.integers(1, ROUNDS + 1))):
-        if number:
+    prompts, mask = found.asked, found.mask
+    for number in range(int(bool(len(prompts))), int(choose.integers(1, ROUNDS + 1))):
+        if len(prompts):
             with torch.no_grad():
                 margin, _ = answered(refiner, found, prompts, reach)
             mask = obey(found.mask, margin[0].numpy() > 0, prompts.inside, prompts.outside)

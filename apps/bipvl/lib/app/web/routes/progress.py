@@ -13,7 +13,8 @@ def with_progress(task: dict[str, Any], stats: dict[str, Any]) -> dict[str, Any]
     """The status of a round, with
 
     `progress`: epoch, the last that has ended; epochs; step and steps, of the epoch that runs; loss; dice, the latest
-        validation's mean; seconds_left; and stage, the name of a fold. None before the first line of figures.
+        validation's mean; seconds_left; stage, the name of a fold; and doing, what follows the epochs, if anything:
+        `what`, `done` and `total`. None before the first line of figures.
     `outcome`: once it has ended, what became of it.
 
     Args:
@@ -69,6 +70,7 @@ def _progress(stats: dict[str, Any]) -> dict[str, Any]:
         "dice": latest.get("val_mean_dice"),
         "seconds_left": stats.get("seconds_left") or 0,
         "stage": stats.get("fold", ""),
+        "doing": stats.get("doing"),
     }
 
 

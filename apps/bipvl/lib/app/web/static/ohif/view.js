@@ -170,7 +170,9 @@ export class View {
     if (progress.step) parts.push(`step ${progress.step} of ${progress.steps}`)
     if (progress.loss !== null) parts.push(`loss ${progress.loss.toFixed(3)}`)
     if (progress.dice !== null) parts.push(`Dice ${progress.dice.toFixed(3)}`)
-    parts.push(progress.epoch < progress.epochs ? `${clock(progress.seconds_left)} left` : 'comparing with the served version')
+    const { doing } = progress
+    if (doing) parts.push(`${doing.what}: ${doing.done} of ${doing.total}`)
+    else parts.push(progress.epoch < progress.epochs ? `${clock(progress.seconds_left)} left` : 'comparing with the served version')
     this._text('.training', parts.join(', '))
   }
 
