@@ -11,184 +11,19 @@ from typing import Any
 import numpy as np
 
 from lib.files import temporary_file
-from lib.infers.bipvl import BiPVLInfer
-from lib.infers.images import Images, stamp
+from lib.infers.interaction import Interaction
 from lib.infers.options import click_options, scribble_options
 from lib.infers.segmentation import label_info
 from lib.infers.work import Work
 from lib.interaction import boxes
-from lib.interaction.answer import Settings
 from lib.interaction.boxes import Box
-from lib.interaction.margins import margins
-from lib.interaction.memory import Change, Kept, Key, Memory, OutdatedError, Session
+from lib.interaction.memory import OutdatedError, Session
 from lib.interaction.prompts import Prompts
-from lib.interaction.respond import respond
-from lib.model.predict import Prediction, Watch
+from lib.model.predict import Watch
 from lib.options import OptionTable
-from lib.stores.uploads.checks import check_label_file
-from lib.stores.uploads.names import named_values, to_task_values, whole_numbers
 from lib.tasks import Task
 from lib.upstream import InferInterface, InferType, device_list
 from lib.volumes.masks import write_mask
-from lib.volumes.reading import align_label, read_volume
-
-INSIDE, OUTSIDE = "foreground_scribbles", "background_scribbles"  # segments that 3D Slicer's panel paints on
-LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM's millimetres, and NIfTI's
-META = ("affine", "original_affine", "spatial_shape")
-
-
-class Interaction:
-    """What the click task and the scribble task of one task share.
-
-    Args:
-        engine: whose versions answer.
-        memory: of all tasks.
-        images: likewise.
-        settings: of the answer.
-    """
-
-    def __init__(self, engine: BiPVLInfer, memory: Memory, images: Images, settings: Settings | None = None) -> None:
-        self.engine, self.memory, self.images = engine, memory, images
-        self.settings = settings or Settings()
-
-    @property
-    def task(self) -> Task:
-        """The server's."""
-        return self.engine.task
-
-    def key(self, work: Work) -> Key:
-        """Of the session."""
-        return Key(work.person, work.image, self.task.name)
-
-    def remember(
-        self, work: Work, version: int, task: Task, prediction: Prediction, meta: Mapping[str, Any], labels: np.ndarray
-    ) -> None:
-        """Keep what a mask's own pass found, so that the first click need not compute it."""
-        kept = {key: meta[key] for key in META}
-        session = Session(
-            version, kept, margins(prediction.probabilities, task), Kept(labels), "your last mask", stamp(work.path)
-        )
-        self.memory.put(self.key(work), session)
-
-    def state(self, work: Work) -> str | None:
-        """What tells the mask that the server keeps from others; None if it keeps none."""
-        session = self.memory.get(self.key(work))
-        return session.state if session else None
-
-    def session(
-        self, work: Work, label: str, device: str, afresh: bool, state: str = "", watch: Watch | None = None
-    ) -> tuple[Session, list[str]]:
-        """The person's session, one that knows how sure the model was of the label; and warnings. A new one is kept by
-        whoever asked for it, once it is of use.
-
-        Raises:
-            OutdatedError: it is not in this `state`, if one is named.
-        """
-        session, warnings = None if afresh else self.memory.get(self.key(work)), []
-        if session and not self._shows_the_same(session, work):
-            session = None
-            warnings.append("the image's file has changed: the mask that the server kept was of another image")
-        if state and (session is None or session.state != state):
-            raise OutdatedError
-        if session is None or label not in session.margins:
-            started = self._start(work, device, session.version if session else None, afresh, watch)
-            if session is not None:
-                started.labels, started.origin, started.state = session.labels, session.origin, session.state
-            session = started
-        if (served := self.engine.served()) != session.version:
-            warnings.append(
-                f"version {served} has been published meanwhile: this image goes on with version {session.version}, "
-                "which its mask came from; Auto Segmentation takes the new one"
-            )
-        return session, warnings
-
-    def _start(self, work: Work, device: str, version: int | None, afresh: bool, watch: Watch | None) -> Session:
-        """One pass of the model."""
-        loaded, prediction, meta, labels = self.engine.predict(work.path, version, device, watch)
-        origin = "the model's mask"
-        if work.label is not None and not afresh:
-            labels, origin = self._submitted(work.label, work.path), "the submitted label"
-        found = margins(prediction.probabilities, loaded.task)
-        kept = {key: meta[key] for key in META}
-        shown = self.images.digest(work.path)
-        return Session(loaded.version, kept, found, Kept(labels), origin, stamp(work.path), shown)
-
-    def _shows_the_same(self, session: Session, work: Work) -> bool:
-        """Whether the image is still what the model saw; another file may show the same voxels."""
-        shown = self.images.digest(work.path)
-        if not session.shown and session.file == stamp(work.path):
-            session.shown = shown
-        return session.shown == shown
-
-    def keep(self, work: Work, session: Session) -> None:
-        """Remember a session, in place of the one that there is."""
-        if self.memory.get(self.key(work)) is not session:
-            self.memory.put(self.key(work), session)
-
-    def submitted(self, work: Work) -> None:
-        """Hear of a label that the person submitted: work goes on from it."""
-        session = self.memory.get(self.key(work))
-        if session is not None and work.label is not None and self._shows_the_same(session, work):
-            with session.lock:
-                labels = self._submitted(work.label, work.path)
-                if not np.array_equal(labels, session.labels.full()):
-                    session.set(labels, "the submitted label")
-
-    def _submitted(self, label: Path, image: Path) -> np.ndarray:
-        volume = align_label(read_volume(label), read_volume(image))
-        return to_task_values(whole_numbers(volume.numpy()[0]), None, self.task).astype(self._type)
-
-    @property
-    def _type(self) -> type[np.generic]:
-        return np.uint8 if max(self.task.label_values.values()) <= 255 else np.uint16
-
-    def drawn(self, file: Path, info: Any, work: Work) -> tuple[np.ndarray, Prompts]:
-        """A label map with strokes in it, as 3D Slicer sends it: the map without them in the task's values (a voxel
-        under a stroke is unknown to it: 0), and the strokes.
-
-        Raises:
-            ValueError: another grid, or segments that nobody knows.
-        """
-        names = named_values(info)
-        if not names:
-            raise ValueError("label_info: expected `name` and `id` of each segment of the label map; got none")
-        whole = whole_numbers(check_label_file(file, work.path, work.image).numpy())[0]
-        strokes = {name: [value for value, given in names.items() if given == name] for name in (INSIDE, OUTSIDE)}
-        inside, outside = (np.isin(whole, strokes[name]) for name in (INSIDE, OUTSIDE))
-        plain = np.where(inside | outside, 0, whole).astype(np.uint16)
-        others = {value: name for value, name in names.items() if name not in strokes}
-        return to_task_values(plain, others, self.task).astype(self._type), Prompts.of_maps(inside, outside)
-
-    def map(self, file: Path, info: Any, work: Work) -> np.ndarray:
-        """A label map without strokes, in the task's values.
-
-        Raises:
-            ValueError: another grid, or a label that nobody knows.
-        """
-        whole = whole_numbers(check_label_file(file, work.path, work.image).numpy())[0]
-        return to_task_values(whole, named_values(info), self.task).astype(self._type)
-
-    def to_voxels(self, work: Work) -> np.ndarray:
-        """(4, 4), from DICOM's millimetres (LPS+) to voxels of the image."""
-        return np.linalg.inv(LPS @ self.images.get(work.path)[1])
-
-    def answer(
-        self,
-        session: Session,
-        label: str,
-        labels: np.ndarray,
-        prompts: Prompts,
-        work: Work,
-        limits: Box | None,
-        kept: np.ndarray | None = None,
-    ) -> tuple[np.ndarray, Change]:
-        """The new map."""
-        image, affine = self.images.get(work.path)
-        spacing = np.linalg.norm(affine[:3, :3], axis=0).tolist()
-        margin = session.margins[label]
-        value = self.task.label_values[label]
-        known = lambda box: margin.on(session.meta, box)  # noqa: E731
-        return respond(labels, value, image, spacing, prompts, self.settings, known, None, limits, kept)
 
 
 class InteractiveInfer(InferInterface):
