@@ -10,8 +10,9 @@ from lib.interaction.evidence import Reach
 from lib.interaction.margins import Margin
 from lib.interaction.prompts import Prompts
 from lib.model.nets.refiner import Refiner
+from lib.model.refining import text_of_labels
 from lib.trainers.refiner import training
-from lib.trainers.refiner.cases import Segmented, text_of_labels
+from lib.trainers.refiner.cases import Segmented
 from support.helpers import tiny_overlapping_task, tiny_task
 
 SHAPE = (24, 20, 12)

@@ -157,9 +157,7 @@ class BiPVLApp(MONAILabelApp):
         return found
 
     def init_trainers(self) -> dict[str, BiPVLTrain]:
-        return {
-            name: BiPVLTrain(task, self.model_dir / name, self.interactive) for name, task in self.tasks.items()
-        }
+        return {name: BiPVLTrain(task, self.model_dir / name, self.interactive) for name, task in self.tasks.items()}
 
     def init_batch_infer(self) -> BatchInfer:
         return self.batch

@@ -103,17 +103,27 @@ class BiPVLInfer(InferInterface):
         return Segmentation(options, loaded, task, self.task, warnings, made, watch)(chosen, callbacks)
 
     def predict(
-        self, path: Path, version: int | None, device: str, watch: Watch | None = None
+        self,
+        path: Path,
+        version: int | None,
+        device: str,
+        watch: Watch | None = None,
+        features: bool | None = None,
     ) -> tuple[Loaded, Prediction, Mapping[str, Any], np.ndarray]:
         """Segment a file with a version, None for the served one, with all defaults: what answers, what it found, where
         that lies (`lib.volumes.transforms.restore`) and the mask (H, W, D) on the grid of the file.
+
+        Args:
+            features: also keep the decoder's features; default: if the version's refiner answers clicks.
 
         Raises:
             ValueError, CheckpointError: as a request.
         """
         loaded = self.models.get(version, name_to_device(device))
         data = apply(load(loaded.task, label=False), {"image": str(path)})
-        prediction = predict(loaded.model, data["image"], loaded.task, watch=watch)
+        if features is None:
+            features = loaded.refiner is not None and loaded.refiner.answers
+        prediction = predict(loaded.model, data["image"], loaded.task, watch=watch, keep_features=features)
         return loaded, prediction, data["image"].meta, restore(prediction.probabilities, data["image"], loaded.task)
 
     def _other_text(self, loaded: Loaded) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,15 @@ import numpy as np
 
 from lib.infers.bipvl import BiPVLInfer
 from lib.infers.images import Images, stamp
+from lib.infers.models import Loaded
 from lib.infers.work import Work
-from lib.interaction.answer import Settings
 from lib.interaction.boxes import Box
-from lib.interaction.margins import margins
+from lib.interaction.margins import Features, Margin, features_near, margins
 from lib.interaction.memory import Change, Kept, Key, Memory, OutdatedError, Session
 from lib.interaction.prompts import Prompts
-from lib.interaction.respond import respond
+from lib.interaction.respond import REACH, respond
 from lib.model.predict import Prediction, Watch
+from lib.model.refining import SETTINGS, Way, text_of_labels
 from lib.stores.uploads.checks import check_label_file
 from lib.stores.uploads.names import named_values, to_task_values, whole_numbers
 from lib.tasks import Task
@@ -35,12 +37,10 @@ class Interaction:
         engine: whose versions answer.
         memory: of all tasks.
         images: likewise.
-        settings: of the answer.
     """
 
-    def __init__(self, engine: BiPVLInfer, memory: Memory, images: Images, settings: Settings | None = None) -> None:
+    def __init__(self, engine: BiPVLInfer, memory: Memory, images: Images) -> None:
         self.engine, self.memory, self.images = engine, memory, images
-        self.settings = settings or Settings()
 
     @property
     def task(self) -> Task:
@@ -52,13 +52,16 @@ class Interaction:
         return Key(work.person, work.image, self.task.name)
 
     def remember(
-        self, work: Work, version: int, task: Task, prediction: Prediction, meta: Mapping[str, Any], labels: np.ndarray
+        self,
+        work: Work,
+        loaded: Loaded,
+        task: Task,
+        prediction: Prediction,
+        meta: Mapping[str, Any],
+        labels: np.ndarray,
     ) -> None:
         """Keep what a mask's own pass found, so that the first click need not compute it."""
-        kept = {key: meta[key] for key in META}
-        session = Session(
-            version, kept, margins(prediction.probabilities, task), Kept(labels), "your last mask", stamp(work.path)
-        )
+        session = _session(loaded, task, prediction, meta, labels, "your last mask", work)
         self.memory.put(self.key(work), session)
 
     def state(self, work: Work) -> str | None:
@@ -99,10 +102,34 @@ class Interaction:
         origin = "the model's mask"
         if work.label is not None and not afresh:
             labels, origin = self._submitted(work.label, work.path), "the submitted label"
-        found = margins(prediction.probabilities, loaded.task)
-        kept = {key: meta[key] for key in META}
-        shown = self.images.digest(work.path)
-        return Session(loaded.version, kept, found, Kept(labels), origin, stamp(work.path), shown)
+        session = _session(loaded, loaded.task, prediction, meta, labels, origin, work)
+        session.shown = self.images.digest(work.path)
+        return session
+
+    def way(
+        self, session: Session, wanted: str, work: Work, device: str, watch: Watch | None = None
+    ) -> tuple[Way, list[str]]:
+        """Which way the next prompts are answered; and warnings. If a refiner is to answer and the session lacks what
+        it reads, the model runs once more.
+
+        Args:
+            wanted: one of `WAYS`, or anything else for the version's own.
+
+        Raises:
+            ValueError: a refiner is asked for, and the version has none.
+        """
+        trained = session.trained
+        if trained is None:
+            if wanted == "refiner":
+                raise ValueError(f"answer_by: version {session.version} has no refiner; valid is evidence")
+            return "evidence", []
+        if wanted == "evidence" or (wanted != "refiner" and not trained.answers):
+            return "evidence", []
+        if session.features is None:
+            loaded, prediction, _, _ = self.engine.predict(work.path, session.version, device, watch, True)
+            if not session.keep(_features(loaded.task, prediction, session.margins)):
+                return "evidence", ["the image is too large for the refiner: it is answered without it"]
+        return "refiner", []
 
     def _shows_the_same(self, session: Session, work: Work) -> bool:
         """Whether the image is still what the model saw; another file may show the same voxels."""
@@ -171,6 +198,7 @@ class Interaction:
         prompts: Prompts,
         work: Work,
         limits: Box | None,
+        way: Way,
         kept: np.ndarray | None = None,
     ) -> tuple[np.ndarray, Change]:
         """The new map."""
@@ -179,4 +207,35 @@ class Interaction:
         margin = session.margins[label]
         value = self.task.label_values[label]
         known = lambda box: margin.on(session.meta, box)  # noqa: E731
-        return respond(labels, value, image, spacing, prompts, self.settings, known, None, limits, kept)
+        features, refine = None, None
+        if way == "refiner":
+            assert session.features is not None and session.trained is not None
+            features = partial(session.features.on, session.meta)
+            refine = session.trained.refine(session.features.text[label], spacing)
+        given = (labels, value, image, spacing, prompts, SETTINGS[way])
+        return respond(*given, known, features, limits, kept, refine)
+
+
+def _session(
+    loaded: Loaded,
+    task: Task,
+    prediction: Prediction,
+    meta: Mapping[str, Any],
+    labels: np.ndarray,
+    origin: str,
+    work: Work,
+) -> Session:
+    """What is kept of one pass of a model."""
+    found = margins(prediction.probabilities, task)
+    where = {key: meta[key] for key in META}
+    session = Session(loaded.version, where, found, Kept(labels), origin, stamp(work.path))
+    session.trained = loaded.refiner.trained if loaded.refiner else None
+    if prediction.features is not None:
+        session.keep(_features(task, prediction, found))
+    return session
+
+
+def _features(task: Task, prediction: Prediction, found: Mapping[str, Margin]) -> Features:
+    assert prediction.features is not None and prediction.text is not None
+    text = text_of_labels(prediction.text, task)
+    return features_near(prediction.features, text, found, task.spacing, REACH)

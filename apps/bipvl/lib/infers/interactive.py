@@ -20,6 +20,7 @@ from lib.interaction.boxes import Box
 from lib.interaction.memory import OutdatedError, Session
 from lib.interaction.prompts import Prompts
 from lib.model.predict import Watch
+from lib.model.refining import Way
 from lib.options import OptionTable
 from lib.tasks import Task
 from lib.upstream import InferInterface, InferType, device_list
@@ -85,11 +86,13 @@ class InteractiveInfer(InferInterface):
         state = "" if given.get("map") else given.get("mask_state", "")
         afresh = bool(given.get("reset_state"))
         session, warnings = self.interaction.session(work, label, given["device"], afresh, state, watch)
+        way, said = self.interaction.way(session, given["answer_by"], work, given["device"], watch)
+        warnings += said
         ready = time.perf_counter()
         with session.lock:
             if state and session.state != state:
                 raise OutdatedError
-            before, after, origin, said = self._answer(session, label, given, work)
+            before, after, origin, said = self._answer(session, label, given, work, way)
             self.interaction.keep(work, session)
             state = session.state
         moved = before != after
@@ -104,6 +107,7 @@ class InteractiveInfer(InferInterface):
             "label_info": label_info(self.task),
             "model_version": session.version,
             "mask_from": origin,
+            "answered_by": way,
             "changed": int(moved.sum()),
             "latencies": {
                 "model": round(ready - start, 3),
@@ -120,7 +124,7 @@ class InteractiveInfer(InferInterface):
 
     @abstractmethod
     def _answer(
-        self, session: Session, label: str, given: Mapping[str, Any], work: Work
+        self, session: Session, label: str, given: Mapping[str, Any], work: Work, way: Way
     ) -> tuple[np.ndarray, np.ndarray, str, list[str]]:
         """The map before and after, where the one before came from, and warnings."""
 
@@ -170,7 +174,7 @@ class ClickInfer(InteractiveInfer):
         return given["label"]
 
     def _answer(
-        self, session: Session, label: str, given: Mapping[str, Any], work: Work
+        self, session: Session, label: str, given: Mapping[str, Any], work: Work, way: Way
     ) -> tuple[np.ndarray, np.ndarray, str, list[str]]:
         shape = session.labels.shape
         to_voxels = self.interaction.to_voxels(work) if given["space"] == "lps" else None
@@ -190,7 +194,7 @@ class ClickInfer(InteractiveInfer):
         if not len(prompts):  # all points were taken away again
             session.change(label, start, None)
             return before, start, session.origin, said
-        after, change = self.interaction.answer(session, label, start, prompts, work, limits, kept)
+        after, change = self.interaction.answer(session, label, start, prompts, work, limits, way, kept)
         session.change(label, after, change)
         return before, after, session.origin, said
 
@@ -212,7 +216,7 @@ class ScribbleInfer(InteractiveInfer):
         return given["selected_label_name"]
 
     def _answer(
-        self, session: Session, label: str, given: Mapping[str, Any], work: Work
+        self, session: Session, label: str, given: Mapping[str, Any], work: Work, way: Way
     ) -> tuple[np.ndarray, np.ndarray, str, list[str]]:
         if given.get("map") is None:
             raise ValueError("label: expected the label map with the strokes, as a file; got none")
@@ -227,6 +231,6 @@ class ScribbleInfer(InteractiveInfer):
         prompts, said = self._near(prompts, limits)
         if not len(prompts):
             return drawn, drawn, origin, said or ["no stroke is in the label map: nothing is changed"]
-        after, _ = self.interaction.answer(session, label, drawn, prompts, work, limits)
+        after, _ = self.interaction.answer(session, label, drawn, prompts, work, limits, way)
         session.set(after, "your last scribbles")
         return drawn, after, origin, said

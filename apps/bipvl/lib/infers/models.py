@@ -12,6 +12,7 @@ from monai.utils import set_determinism
 from lib.model import checkpoints
 from lib.model.checkpoints import CheckpointError, DamagedCheckpoint
 from lib.model.nets import BiPVLSeg, build_model
+from lib.model.refining import Kept, restore_refiner
 from lib.model.versions import Versions
 from lib.tasks import Task, task_from_dict
 
@@ -22,13 +23,15 @@ LOADED_MODELS = 2  # the served version and one that somebody compares it with
 
 @dataclass
 class Loaded:
-    """A model in memory: its version (0: fresh weights), the file it came from, and what users should know of it."""
+    """A model in memory: its version (0: fresh weights), the file it came from, what users should know of it, and its
+    refiner, if it has one."""
 
     version: int
     model: BiPVLSeg
     task: Task
     file: tuple[int, ...]
     warnings: list[str] = field(default_factory=list)
+    refiner: Kept | None = None
 
 
 class Models:
@@ -120,7 +123,12 @@ class Models:
             new = [c for c in task.classes if c not in known]
             if new:
                 warnings.append(f"version {version} never saw a label of {', '.join(new)}: found by description alone")
-            self._models[key] = Loaded(version, model.to(device).eval(), task, file, warnings)
+            refiner = None
+            try:
+                refiner = restore_refiner(checkpoint, model, path)
+            except CheckpointError as error:  # the version draws its masks all the same
+                logger.error("%s; clicks are answered without it", error)
+            self._models[key] = Loaded(version, model.to(device).eval(), task, file, warnings, refiner)
         return self._used(key)
 
     def _fresh(self, device: str) -> Loaded:

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from lib.files import ORIGINAL
+from lib.model.refining import WAYS
 from lib.model.versions import Versions
 from lib.options import GPUS, Choice, Device, Number, Option, OptionTable, Switch, Text
 from lib.tasks import Task, meant
 from lib.upstream import device_list
 
 SERVED = "served"
+OWN_WAY = "version"  # to answer clicks
 RESULT_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".seg.nrrd", ".mha")
 
 
@@ -221,6 +223,12 @@ def _part_options() -> tuple[Option, ...]:
     return (
         _Box("roi", [], "nothing changes outside of this box; both ends are in it", said="none", shown=False),
         Switch("box", False, "send back only the box of what has changed, with all labels in it", shown=False),
+        Choice(
+            "answer_by",
+            OWN_WAY,
+            "which way: the version's better one, `evidence` without training, or its `refiner`",
+            choices=(OWN_WAY, *WAYS),
+        ),
     )
 
 

@@ -22,8 +22,8 @@ from lib.volumes.transforms import largest_components, load, restore, restore_ma
 GPU_WINDOWS = 4  # windows per forward pass on a GPU; on a CPU batching windows gains nothing
 
 
-# Version, task, prediction, where it lies, the mask: for who keeps them for clicks.
-Made = Callable[[int, Task, Prediction, Mapping[str, Any], np.ndarray], None]
+# Model, task, prediction, where it lies, the mask: for who keeps them for clicks.
+Made = Callable[[Loaded, Task, Prediction, Mapping[str, Any], np.ndarray], None]
 
 
 class Segmentation(InferTask):
@@ -50,7 +50,7 @@ class Segmentation(InferTask):
         watch: Watch | None = None,
     ) -> None:
         super().__init__(None, None, InferType.SEGMENTATION, served.label_values, 3, served.description)
-        self.options, self.version, self.model = options, loaded.version, loaded.model
+        self.options, self.loaded, self.version, self.model = options, loaded, loaded.version, loaded.model
         self.task, self.served, self.warnings, self.made = task, served, warnings, made
         self.watch = watch
 
@@ -58,6 +58,7 @@ class Segmentation(InferTask):
         return load(self.task, label=False)
 
     def run_inferer(self, data: dict[str, Any], convert_to_batch: bool = True, device: str = "cuda") -> dict[str, Any]:
+        refiner = self.loaded.refiner
         data["pred"] = predict(
             self.model,
             data["image"],
@@ -66,6 +67,7 @@ class Segmentation(InferTask):
             window_batch=GPU_WINDOWS if device.startswith("cuda") else 1,
             tta=self.options.tta,
             sentences=self.model.text.tokenize(self.task.text_rows()),
+            keep_features=self.made is not None and refiner is not None and refiner.answers,
             watch=self.watch,
         )
         return data
@@ -88,7 +90,7 @@ class Segmentation(InferTask):
         if options.uncertainty_map:
             data["uncertainty"] = restore_map(prediction.entropy(), data["image"])
         if self.made is not None:
-            self.made(self.version, task, prediction, data["image"].meta, mask)
+            self.made(self.loaded, task, prediction, data["image"].meta, mask)
         data["pred"] = mask
         data["pred_meta_dict"] = {"affine": np.asarray(data["image"].meta["original_affine"])}
         return data

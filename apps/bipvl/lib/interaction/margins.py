@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,9 +42,55 @@ class Margin:
         Args:
             meta: `affine` (of the network's grid), `original_affine`, `spatial_shape`.
         """
-        moved = torch.as_tensor(meta["affine"], dtype=torch.float64).clone()
-        moved[:3, 3] += moved[:3, :3] @ torch.tensor(self.start, dtype=torch.float64)
-        return restore_box(self.values[None], {**meta, "affine": moved}, box)[0]
+        return _restored(self.values[None], self.start, meta, box)[0]
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a refiner reads besides: the decoder's features, and the text vector (P,) of each label.
+
+    values: (width, h, w, d) float16, of a box of the network's grid; start: its first voxel.
+    """
+
+    values: Tensor
+    start: tuple[int, int, int]
+    text: Mapping[str, Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.numel() * self.values.element_size()
+
+    def on(self, meta: Mapping[str, Any], box: Box) -> np.ndarray:
+        """(width, …) float32 on a box of the file's grid; `meta` as for `Margin.on`. Far from every label the values
+        at the edge of what is kept."""
+        return _restored(self.values, self.start, meta, box)
+
+
+def features_near(
+    values: Tensor, text: Mapping[str, Tensor], known: Mapping[str, Margin], spacing: Sequence[float], reach: float
+) -> Features:
+    """Keep the features in the box of all margins, and so many mm around it.
+
+    Args:
+        values: (width, h, w, d) float16, of the whole grid.
+        text: vector (P,) of each label.
+        known: the margins of the labels.
+        spacing: of the grid, mm per voxel.
+        reach: mm.
+    """
+    pad = np.ceil(reach / np.asarray(spacing, float)).astype(int)
+    low = np.min([m.start for m in known.values()], axis=0) - pad
+    high = np.max([np.add(m.start, m.values.shape) for m in known.values()], axis=0) + pad
+    low, high = np.maximum(low, 0), np.minimum(high, values.shape[1:])
+    i, j, k = (slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
+    return Features(values[:, i, j, k].clone(), (i.start, j.start, k.start), text)
+
+
+def _restored(values: Tensor, start: Sequence[int], meta: Mapping[str, Any], box: Box) -> np.ndarray:
+    """Maps (channels, …) of a box of the network's grid that begins at `start`, on a box of the file's grid."""
+    moved = torch.as_tensor(meta["affine"], dtype=torch.float64).clone()
+    moved[:3, 3] += moved[:3, :3] @ torch.tensor(start, dtype=torch.float64)
+    return restore_box(values, {**meta, "affine": moved}, box)
 
 
 def margins(probabilities: Tensor, task: Task) -> dict[str, Margin]:

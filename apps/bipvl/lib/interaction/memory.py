@@ -7,15 +7,17 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from lib.interaction import boxes
+from lib.interaction.answer import Refine
 from lib.interaction.boxes import Box
-from lib.interaction.margins import Margin
+from lib.interaction.margins import Features, Margin
 from lib.interaction.prompts import Prompts
 
 SESSION_BYTES = 256 * 2**20  # of one session at most: one that needs more is refused
@@ -50,6 +52,18 @@ class Change:
     after: np.ndarray
 
 
+@dataclass(frozen=True)
+class Trained:
+    """The refiner of the version that a session began with.
+
+    refine: what it adds to a margin, from a label's text vector (P,) and mm per voxel.
+    answers: whether it answers unless a request asks for the other way.
+    """
+
+    refine: Callable[[Tensor, Sequence[float]], Refine]
+    answers: bool
+
+
 class Kept:
     """A label map in memory: the box that holds its labels."""
 
@@ -80,6 +94,7 @@ class Session:
         though clients go on sending them.
     limits: the box that the present clicks are answered in.
     state: tells this mask from all others.
+    trained: the version's refiner, None if it has none; features: what that reads, None until it is needed.
     """
 
     version: int
@@ -94,13 +109,23 @@ class Session:
     done: dict[str, set[Point]] = field(default_factory=dict)
     limits: Box | None = None
     state: str = field(default_factory=lambda: secrets.token_hex(8))
+    trained: Trained | None = None
+    features: Features | None = None
     lock: threading.RLock = field(default_factory=threading.RLock)
     used: float = field(default_factory=time.monotonic)
 
     @property
     def nbytes(self) -> int:
         changes = sum(c.before.nbytes + c.after.nbytes for c in self.changes.values())
-        return self.labels.part.nbytes + sum(m.nbytes for m in self.margins.values()) + changes
+        features = self.features.nbytes if self.features else 0
+        return self.labels.part.nbytes + sum(m.nbytes for m in self.margins.values()) + changes + features
+
+    def keep(self, features: Features) -> bool:
+        """Keep what the refiner reads; False if a session has no room for it."""
+        fits = self.features is not None or self.nbytes + features.nbytes <= SESSION_BYTES
+        if fits:
+            self.features = features
+        return fits
 
     def without(self, label: str) -> np.ndarray:
         """The label map without what the clicks on a label changed; voxels that have changed since stay."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,9 +17,11 @@ import torch
 from torch import Tensor
 
 from lib.interaction.answer import Refine, Settings
+from lib.interaction.memory import Trained
 from lib.model.checkpoints import CheckpointError, brief
 from lib.model.nets import BiPVLSeg
 from lib.model.nets.refiner import Refiner
+from lib.tasks import Task
 
 KEY = "refiner"  # in a checkpoint
 
@@ -43,6 +46,11 @@ class Kept:
     def way(self) -> Way:
         """Which way the version answers by itself."""
         return "refiner" if self.answers else "evidence"
+
+    @property
+    def trained(self) -> Trained:
+        """As a session keeps it."""
+        return Trained(partial(refining, self.refiner), self.answers)
 
 
 def fresh(model: BiPVLSeg, seed: int) -> Refiner:
@@ -97,3 +105,16 @@ def refining(refiner: Refiner, text: Tensor, spacing: Sequence[float]) -> Refine
         return refiner(*given, text[None].float(), spacing)[0].numpy()
 
     return refine
+
+
+def text_of_labels(text: Tensor, task: Task) -> dict[str, Tensor]:
+    """Class vectors (C, P) to those of the labels that annotators draw: a label's own class, or the smallest region
+    that holds it."""
+    if task.regions is None:
+        return dict(zip(task.classes, text, strict=True))
+    found = {}
+    for name in task.labels:
+        own = [i for i, region in enumerate(task.regions.values()) if name in region.labels]
+        sizes = [len(list(task.regions.values())[i].labels) for i in own]
+        found[name] = text[own[int(np.argmin(sizes))]] if own else text.mean(0)
+    return found

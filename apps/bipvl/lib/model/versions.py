@@ -34,6 +34,7 @@ from lib.model.checkpoints import (
     save,
     text_assets,
 )
+from lib.model.refining import restore_refiner
 from lib.tasks import Task
 
 __all__ = [
@@ -247,7 +248,8 @@ class Versions:
             if not isinstance(checkpoint["manifest"], dict):
                 raise CheckpointError(f"{path}: its manifest is not a table of values")
             check_same_task(checkpoint, task, path)
-            restore_model(checkpoint, path)
+            model, _ = restore_model(checkpoint, path)
+            restore_refiner(checkpoint, model, path)
         except CheckpointError as error:
             raise RefusedCheckpoint(str(error)) from error
         manifest = {**checkpoint["manifest"], "origin": "upload", "parent": None}

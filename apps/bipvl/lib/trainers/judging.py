@@ -122,9 +122,7 @@ def judge(
     return decision, report
 
 
-def _robot(
-    limit: int, cases: Sequence[Any], kept: Kept | None, ways: Sequence[Way], what: str, told: Told
-) -> Robot:
+def _robot(limit: int, cases: Sequence[Any], kept: Kept | None, ways: Sequence[Way], what: str, told: Told) -> Robot:
     refiner = kept.refiner if kept else None
     return Robot(limit, len(cases), ways, refiner, lambda done, total: told(what, done, total))
 
@@ -180,8 +178,8 @@ def add_refiner(
     device: torch.device,
     told: Told,
 ) -> None:
-    """Train a refiner for a round's checkpoint and put it in. It goes on from that of the version that the round started
-    from."""
+    """Train a refiner for a round's checkpoint and put it in. It goes on from that of the version before, if there is
+    one."""
     model, own_task = restore_model(checkpoint)
     before, start = None, None
     if this.parent is not None:

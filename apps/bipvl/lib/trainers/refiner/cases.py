@@ -17,6 +17,7 @@ from lib.interaction.margins import Margin, margins
 from lib.interaction.prompts import Prompts
 from lib.model.nets import BiPVLSeg
 from lib.model.predict import Prediction, predict
+from lib.model.refining import text_of_labels
 from lib.stores.uploads.names import to_task_values, whole_numbers
 from lib.tasks import Task
 from lib.volumes.reading import align_label, read_volume
@@ -126,16 +127,3 @@ def with_errors_of(case: Segmented, model: BiPVLSeg, task: Task, image: MetaTens
     same = np.allclose(np.asarray(meta["affine"]), np.asarray(case.meta["affine"]))
     # A margin lies on its network's grid; one on another grid would be read at the wrong place.
     return replace(case, errors=found) if same else case
-
-
-def text_of_labels(text: Tensor, task: Task) -> dict[str, Tensor]:
-    """Class vectors (C, P) to those of the labels that annotators draw: a label's own class, or the smallest region
-    that holds it."""
-    if task.regions is None:
-        return dict(zip(task.classes, text, strict=True))
-    found = {}
-    for name in task.labels:
-        own = [i for i, region in enumerate(task.regions.values()) if name in region.labels]
-        sizes = [len(list(task.regions.values())[i].labels) for i in own]
-        found[name] = text[own[int(np.argmin(sizes))]] if own else text.mean(0)
-    return found

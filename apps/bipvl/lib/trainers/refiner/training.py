@@ -94,7 +94,7 @@ def scene(case: Segmented, choose: np.random.Generator) -> Scene | None:
 
 
 def _around_label(case: Segmented, label: str) -> Segmented:
-    """The part of a case that has to do with a label: what lies far from reference and mask is right, and takes time."""
+    """The part of a case around reference and mask of a label: far from them all is right, and would take time."""
     value = case.values[label]
     shown = (case.truth == value) | (case.labels == value)
     if not shown.any():
@@ -172,7 +172,7 @@ def answered(refiner: Refiner, found: Scene, prompts: Prompts, reach: Reach) -> 
 def simulate(refiner: Refiner, found: Scene, reach: Reach, choose: np.random.Generator) -> Prompts | None:
     """Prompts of one to `ROUNDS` corrections, each of what the refiner's answer to those before got wrong."""
     prompts, mask = found.asked, found.mask
-    for number in range(int(bool(len(prompts))), int(choose.integers(1, ROUNDS + 1))):
+    for _ in range(int(choose.integers(1, ROUNDS + 1)) - bool(len(prompts))):
         if len(prompts):
             with torch.no_grad():
                 margin, _ = answered(refiner, found, prompts, reach)
