@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,16 +24,15 @@ from benchmarks.accuracy.data import SHARES, SPLITS, Preprocessed, find_cases, s
 from benchmarks.interaction.cases import prepare
 from benchmarks.interaction.users import USERS, work
 from lib.files import write_atomic
-from lib.interaction import boxes
 from lib.interaction.answer import Settings
 from lib.interaction.evidence import Reach
 from lib.interaction.prompts import Prompts
-from lib.interaction.regions import put
-from lib.interaction.respond import REACH, respond
+from lib.interaction.respond import respond
 from lib.model import checkpoints
 from lib.model.nets.refiner import Refiner
-from lib.trainers.refiner.cases import Segmented
-from lib.trainers.refiner.training import Scene, answered, train_refiner
+from lib.trainers.refiner.cases import Segmented, with_errors_of
+from lib.trainers.refiner.clicks import answered
+from lib.trainers.refiner.training import train_refiner
 
 RESULTS = records.RESULTS / "interaction.jsonl"
 WORK = Path.home() / ".cache" / "bipvl-accuracy"
@@ -61,31 +61,11 @@ def answering(settings: Settings) -> Any:
     return answer
 
 
-def refining(refiner: Refiner, settings: Settings) -> Any:
+def refining(refiner: Refiner) -> Any:
     """The way to answer with a trained refiner."""
-    assert settings.reach is not None
-    reach = settings.reach
 
-    @torch.no_grad()
     def answer(case: Segmented, label: str, value: int, labels: np.ndarray, prompts: Prompts) -> np.ndarray:
-        box = boxes.around(prompts.all, REACH, case.spacing, labels.shape)
-        near, before = prompts.moved(boxes.corner(box)), labels[box]
-        mask = before == value
-        found = Scene(
-            label,
-            case.image[:, box[0], box[1], box[2]],
-            mask,
-            case.margins[label].on(case.meta, box),
-            mask,
-            (before > 0) & ~mask,
-            case.features_in(box),
-            case.spacing,
-            case.text[label],
-        )
-        margin, _ = answered(refiner, found, near, reach)
-        result = labels.copy()
-        result[box] = put(before, value, margin[0].numpy() > 0, near.inside, near.outside)
-        return result
+        return answered(replace(case, labels=labels), label, prompts, refiner)
 
     return answer
 
@@ -140,7 +120,7 @@ def run_command(
         trained.load_state_dict(torch.load(refiner, weights_only=True))
     for name in [f"refiner {refiner.stem}"] if refiner else method or METHODS:
         for who in user or USERS:
-            answer = refining(trained.eval(), Settings()) if refiner else answering(METHODS[name])
+            answer = refining(trained.eval()) if refiner else answering(METHODS[name])
             works = [
                 work(case, label, value, who, answer, interactions)
                 for case in prepared
@@ -162,13 +142,23 @@ def refine_command(
     steps: int = 2000,
     seed: int = 0,
     cases: Annotated[int, typer.Option(help="first so many patients; 0: all")] = 0,
+    errors: Annotated[Path | None, typer.Option(help="checkpoint whose errors are corrected, too")] = None,
+    errors_seen: Annotated[int, typer.Option(help="first so many patients, which it was trained on")] = 0,
     field: Annotated[tuple[float, float] | None, typer.Option(help="mm around the centre, as in training")] = None,
     work_folder: Annotated[Path, typer.Option("--work")] = WORK,
 ) -> None:
-    """Train a refiner on the training patients of a frozen network."""
+    """Train a refiner on the training patients of a frozen network.
+
+    With `--errors`, half of the simulations of patients whom that other network has not seen begin with its errors.
+    """
     model, task = checkpoints.restore_model(checkpoints.load(checkpoint), checkpoint)
     listed = split_cases(find_cases(data), shares=SPLITS.get(task.name, SHARES)).training[: cases or None]
-    prepared = list(prepare(model, task, listed, Preprocessed(task, listed, work_folder / "volumes", field)))
+    volumes = Preprocessed(task, listed, work_folder / "volumes", field)
+    prepared = list(prepare(model, task, listed, volumes))
+    if errors:
+        other, its_task = checkpoints.restore_model(checkpoints.load(errors), errors)
+        for n in range(errors_seen, len(prepared)):
+            prepared[n] = with_errors_of(prepared[n], other.eval(), its_task, volumes[n]["image"])
     torch.manual_seed(seed)
     refiner = Refiner(model.vision.feature_width, model.project_text.out_features)
     reach = Settings().reach

@@ -48,7 +48,7 @@ def test_both_panels_appear(slicer: Slicer) -> None:
     assert slicer.info["models"][CLICKS]["labels"] == slicer.info["models"]["quickstart"]["labels"]
 
 
-def test_clicks_from_the_first_mask_to_the_submitted_label(slicer: Slicer) -> None:
+def test_clicks_from_the_first_mask_to_the_submitted_label(server: Server, slicer: Slicer) -> None:
     slicer.next_sample()
     slicer.run("quickstart")
     before = {name: mask.copy() for name, mask in slicer.segments.items()}
@@ -74,8 +74,20 @@ def test_clicks_from_the_first_mask_to_the_submitted_label(slicer: Slicer) -> No
     answer = slicer.click(CLICKS, "liver", [more], [])
     assert answer["mask_from"] == "the submitted label"
     assert slicer.segments["liver"][painted].all() and slicer.segments["liver"][tuple(more)]
-    slicer.click(CLICKS, "spleen", [beside(spleen, free)], [])
+    second = beside(spleen, free)
+    slicer.click(CLICKS, "spleen", [second], [])
     assert not slicer.segments["spleen"][tuple(deep(before["spleen"]))]
+
+    # What was asked is kept with the label that came of it: not what was taken back, and nothing that a client says.
+    place = {"label": slicer.sample["id"], "tag": "final"}
+    assert "clicks" not in server.call("GET", "/datastore/label/info", params=place).json()
+    slicer.submit()
+    kept = server.call("GET", "/datastore/label/info", params=place).json()["clicks"]
+    assert [(one["label"], one["foreground"], one["background"]) for one in kept] == [
+        ("liver", [more], []),
+        ("spleen", [second], []),
+    ]
+    assert {(one["task"], one["version"], one["answered_by"]) for one in kept} == {("quickstart", 1, "evidence")}
 
 
 def test_scribbles_start_from_the_scene_as_it_is(slicer: Slicer) -> None:

@@ -24,9 +24,11 @@ def test_a_running_round_has_figures() -> None:
     found = with_progress(status("RUNNING"), stats)
     assert found["progress"] == {
         **{"epoch": 3, "epochs": 10, "step": 0, "steps": 0, "loss": 1.25, "dice": 0.5},
-        **{"seconds_left": 84, "stage": "Fold 2 of 3"},
+        **{"seconds_left": 84, "stage": "Fold 2 of 3", "doing": None},
     }
     assert (found["outcome"], found["id"]) == ("", "1")
+    doing = {"what": "Refiner", "done": 50, "total": 200}
+    assert with_progress(status("RUNNING"), {**stats, "doing": doing})["progress"]["doing"] == doing
 
 
 @pytest.mark.parametrize("state", ["SUBMITTED", "RUNNING"])

@@ -270,3 +270,31 @@ def test_the_mask_s_own_pass_is_enough_for_the_first_click(
     monkeypatch.setattr(engine, "predict", lambda *_: pytest.fail("a window was computed again"))
     _, result = click(interaction, work, foreground=[[15, 8, 8]])
     assert result["mask_from"] == "your last mask" and result["model_version"] == 0
+
+
+def test_what_was_asked_is_told_until_the_label_is_submitted(
+    interaction: Interaction, work: Work, tmp_path: Path
+) -> None:
+    start(interaction, work)
+    click(interaction, work, foreground=[[15, 8, 8]])
+    click(interaction, work, foreground=[[15, 8, 8]], background=[[6, 6, 6]])
+    click(interaction, work, "spleen", foreground=[[28, 23, 14]])
+    click(interaction, work, "spleen", foreground=[])  # taken back
+    (found,) = interaction.asked("ann", "a")
+    assert (found["task"], found["label"], found["kind"], found["answered_by"]) == (
+        "tiny",
+        "liver",
+        "clicks",
+        "evidence",
+    )
+    assert (found["foreground"], found["background"]) == ([[15, 8, 8]], [[6, 6, 6]])
+    assert found["changed"] > 0 and found["box"][0][0] <= 6 and found["box"][0][1] >= 15
+    sent, info = scene(state(interaction, work), [(13, 8, 8)], [])
+    write_mask(tmp_path / "sent.nii.gz", sent, AFFINE, str(work.path), {})
+    request = {"selected_label_name": "Liver", "label_info": info, "map": tmp_path / "sent.nii.gz", "device": "cpu"}
+    ScribbleInfer(interaction).respond(request, work)[0].unlink()
+    assert [one["kind"] for one in interaction.asked("ann", "a")] == ["clicks", "scribbles"]
+    assert interaction.asked("ben", "a") == interaction.asked("ann", "b") == []
+    write_mask(tmp_path / "label.nii.gz", state(interaction, work), AFFINE, str(work.path), {})
+    interaction.submitted(Work("ann", "a", work.path, tmp_path / "label.nii.gz"))
+    assert interaction.asked("ann", "a") == []

@@ -343,6 +343,16 @@ def test_a_removed_image_leaves_its_labels_in_the_history(studies, labels):
     )
 
 
+def test_clicks_go_where_their_label_goes(studies, labels):
+    store, clicks = LocalStore(studies), [{"label": "liver", "foreground": [[0, 1, 2]]}]
+    store.save_label("a", str(labels[1]), "final", {"clicks": clicks})
+    assert store.datalist()[0]["clicks"] == read_datalist(studies)[0]["clicks"] == clicks
+    store.save_label("a", str(labels[2]), "final", {})
+    assert "clicks" not in store.datalist()[0] and "clicks" not in store.get_label_info("a", "final")
+    beside = history(studies)[0].with_name(f"{history(studies)[0].name}.json")
+    assert json.loads(beside.read_text())["info"]["clicks"] == clicks
+
+
 # Infos ------------------------------------------------------------------------------------------------------------
 
 

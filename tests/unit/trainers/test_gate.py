@@ -9,8 +9,8 @@ from lib.trainers import BiPVLTrain
 from lib.trainers.gate import decide
 from lib.trainers.judging import judge
 from lib.volumes.folders import image_id
-from support.helpers import read_nifti, tiny_task, write_nifti
-from support.training import Cases
+from support.helpers import read_nifti
+from support.training import BOXES, Cases, box_case
 
 CLASSES = ("liver", "spleen")
 ROUND = {"val_split": 0.25, "patches_per_case": 2, "tracking": "None", "device": "cpu"}
@@ -108,36 +108,12 @@ def test_table_and_plain_data_say_the_same():
 # With models: a small network that has learned a few boxes, and copies of it that were made worse
 
 
-HU = (-100, 120, 220, 20)  # of the background and of the three organs
-# A channel a class, which can be damaged one by one. Three boxes of clear contrast are learned in a few dozen steps.
-TASK = tiny_task(
-    patch=[32, 16, 16],
-    model={"vision": "unet", "feature_size": 4, "head": "fixed"},
-    augmentation={"rotate_probability": 0, "intensity_probability": 0},
-)
-
-
-def boxes(folder, number):
-    """A case with a box for each organ, at places of its own."""
-    rng = np.random.default_rng(number)
-    x, y, z = rng.integers(0, 3, 3)
-    label = np.zeros((16, 16, 16), np.uint8)
-    label[1 + x : 7 + x, 1 + y : 14 + y, 2:13] = 1
-    label[8 + x : 13 + x, 1 + y : 6 + y, 2:13] = 2
-    label[8 + x : 13 + x, 7 + y : 12 + y, 1 + z : 13 + z] = 3
-    image = (np.array(HU)[label] + rng.normal(0, 10, label.shape)).astype(np.int16)
-    return {
-        "image": str(write_nifti(folder / f"case_{number:03}.nii.gz", image)),
-        "label": str(write_nifti(folder / f"case_{number:03}_label.nii.gz", label)),
-    }
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Two rounds of the same task: a short one, then one that learns. The trainer and its cases."""
     folder = tmp_path_factory.mktemp("gate")
-    cases = Cases(boxes(folder, number) for number in range(4))
-    trainer = BiPVLTrain(TASK, folder / "models" / TASK.name)
+    cases = Cases(box_case(folder, number) for number in range(4))
+    trainer = BiPVLTrain(BOXES, folder / "models" / BOXES.name)
     for epochs, rate in ((1, 1e-3), (24, 1e-2)):
         trainer({**ROUND, "max_epochs": epochs, "learning_rate": rate}, cases)
     return trainer, cases

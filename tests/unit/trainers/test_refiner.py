@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -103,3 +105,46 @@ def test_the_loss_is_least_for_the_truth(sure: bool) -> None:
     truth = torch.tensor([[True, False, True, False]])
     right = torch.where(truth, 8.0, -8.0) if sure else torch.where(truth, 1.0, -1.0)
     assert training.refiner_loss(right, truth) < training.refiner_loss(-right, truth)
+
+
+def test_a_case_can_be_cut_to_a_box_without_moving_anything() -> None:
+    box = (slice(2, 12), slice(4, 18), slice(1, 10))
+    asked = {"liver": Prompts(np.array([[4, 6, 4], [20, 6, 4]]), np.zeros((0, 3), np.int64))}
+    whole = replace(case(), asked=asked)
+    cut = whole.within(box)
+    everything = tuple(slice(0, n) for n in cut.truth.shape)
+    assert np.array_equal(cut.truth, whole.truth[box])
+    assert np.allclose(cut.features_in(everything), whole.features_in(box))  # type: ignore[arg-type]
+    margins = (found.margins["liver"].on(found.meta, part) for found, part in ((cut, everything), (whole, box)))
+    assert np.allclose(*margins)  # type: ignore[arg-type]
+    assert cut.asked["liver"].inside.tolist() == [[2, 2, 3]]
+
+
+def test_half_of_the_scenes_have_the_errors_of_a_network_that_had_not_seen_the_case() -> None:
+    """It has found the right box alone, and says 5 where the network that is refined says 3."""
+    other = np.full(SHAPE, -5.0, np.float32)
+    other[14:21, 5:14, 3:9] = 5.0
+    found = replace(case(), errors={"liver": Margin(torch.from_numpy(other).half(), (0, 0, 0), SHAPE)})
+    choose, real = np.random.default_rng(0), 0
+    for _ in range(60):
+        scene = training.scene(found, choose)
+        assert scene is not None
+        real += set(np.unique(scene.margin.round(3)).tolist()) <= {-5.0, 5.0}
+    assert 18 <= real <= 42
+
+
+def test_a_simulation_may_begin_where_a_person_prompted() -> None:
+    """One prompt is right, and the network wrong there; another one the reference contradicts."""
+    right, wrong = [16, 8, 5], [1, 1, 1]
+    found = replace(case(), asked={"liver": Prompts(np.array([right, wrong]), np.zeros((0, 3), np.int64))})
+    choose, led = np.random.default_rng(0), []
+    for _ in range(60):
+        scene = training.scene(found, choose)
+        assert scene is not None
+        if len(scene.asked):
+            led.append(scene)
+            assert scene.asked.inside.shape == (1, 3) and scene.truth[tuple(scene.asked.inside[0])]
+            prompts = training.simulate(Refiner(2, 4, (4, 8, 8)), scene, REACH, choose)
+            assert prompts is not None and scene.asked.inside[0].tolist() in prompts.inside.tolist()
+    assert 6 <= len(led) <= 30
+    assert training.scene(replace(found, asked={}), choose).asked is training.NOTHING  # type: ignore[union-attr]

@@ -295,6 +295,11 @@ class BiPVLApp(MONAILabelApp):
         uri = store.get_label_uri(label, FINAL) if label else ""
         return Work(person, image, Path(store.get_image_uri(image)), Path(uri) if uri else None)
 
+    def asked(self, person: str, image: str) -> list[dict[str, Any]]:
+        """What a person prompted on an image since their last label."""
+        clicks = (task for task in self.interactions.values() if isinstance(task, ClickInfer))
+        return [record for task in clicks for record in task.interaction.asked(person, image)]
+
     def submitted(self, person: str, image: str) -> None:
         """A person's label is saved: their clicks go on from it."""
         for task in self.interactions.values():

@@ -143,9 +143,21 @@ class Interaction:
         if self.memory.get(self.key(work)) is not session:
             self.memory.put(self.key(work), session)
 
+    def asked(self, person: str, image: str) -> list[dict[str, Any]]:
+        """What a person prompted on an image since their last label, and what it changed, oldest first; to be kept with
+        the next."""
+        session = self.memory.get(Key(person, image, self.task.name))
+        if session is None:
+            return []
+        with session.lock:
+            return [{"task": self.task.name, **found.to_dict()} for found in session.history()]
+
     def submitted(self, work: Work) -> None:
         """Hear of a label that the person submitted: work goes on from it."""
         session = self.memory.get(self.key(work))
+        if session is not None:
+            with session.lock:
+                session.submitted()
         if session is not None and work.label is not None and self._shows_the_same(session, work):
             with session.lock:
                 labels = self._submitted(work.label, work.path)

@@ -18,7 +18,7 @@ from lib.infers.work import Work
 from lib.interaction import boxes
 from lib.interaction.boxes import Box
 from lib.interaction.memory import OutdatedError, Session
-from lib.interaction.prompts import Prompts
+from lib.interaction.prompts import Asked, Prompts
 from lib.model.predict import Watch
 from lib.model.refining import Way
 from lib.options import OptionTable
@@ -196,6 +196,7 @@ class ClickInfer(InteractiveInfer):
             return before, start, session.origin, said
         after, change = self.interaction.answer(session, label, start, prompts, work, limits, way, kept)
         session.change(label, after, change)
+        session.asked[label] = _asked(session, label, self.SUFFIX, way, prompts, start != after)
         return before, after, session.origin, said
 
 
@@ -232,5 +233,12 @@ class ScribbleInfer(InteractiveInfer):
         if not len(prompts):
             return drawn, drawn, origin, said or ["no stroke is in the label map: nothing is changed"]
         after, _ = self.interaction.answer(session, label, drawn, prompts, work, limits, way)
+        session.asked[label] = _asked(session, label, self.SUFFIX, way, prompts, drawn != after)
         session.set(after, "your last scribbles")
         return drawn, after, origin, said
+
+
+def _asked(session: Session, label: str, kind: str, way: Way, prompts: Prompts, moved: np.ndarray) -> Asked:
+    """An answer as it will be kept with the label."""
+    box = tuple((part.start, part.stop - 1) for part in boxes.of_change(moved)) if moved.any() else None
+    return Asked(label, kind, session.version, way, prompts, box, int(moved.sum()))

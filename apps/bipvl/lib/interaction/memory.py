@@ -18,11 +18,12 @@ from lib.interaction import boxes
 from lib.interaction.answer import Refine
 from lib.interaction.boxes import Box
 from lib.interaction.margins import Features, Margin
-from lib.interaction.prompts import Prompts
+from lib.interaction.prompts import Asked, Prompts
 
 SESSION_BYTES = 256 * 2**20  # of one session at most: one that needs more is refused
 BYTES = 2**30  # of all sessions together: the least recently used are forgotten first
 SECONDS = 8 * 3600.0  # without use, after which one is forgotten
+ASKED = 30  # answers of one session that are kept with its label, the latest
 
 
 Point = tuple[bool, int, int, int]  # whether it belongs to the label; its voxel
@@ -93,6 +94,7 @@ class Session:
     points: the present clicks on each label; done: those from before the map was drawn, which it has obeyed already
         though clients go on sending them.
     limits: the box that the present clicks are answered in.
+    asked: the answer to the present clicks on each label; settled: those from before, oldest first.
     state: tells this mask from all others.
     trained: the version's refiner, None if it has none; features: what that reads, None until it is needed.
     """
@@ -108,6 +110,8 @@ class Session:
     points: dict[str, set[Point]] = field(default_factory=dict)
     done: dict[str, set[Point]] = field(default_factory=dict)
     limits: Box | None = None
+    asked: dict[str, Asked] = field(default_factory=dict)
+    settled: list[Asked] = field(default_factory=list)
     state: str = field(default_factory=lambda: secrets.token_hex(8))
     trained: Trained | None = None
     features: Features | None = None
@@ -139,6 +143,8 @@ class Session:
         """Take over a map that somebody drew: clicks from before count as done."""
         self.labels, self.origin, self.state = Kept(labels), origin, secrets.token_hex(8)
         self.changes.clear()
+        self.settled = [*self.settled, *self.asked.values()][-ASKED:]
+        self.asked.clear()
         for label, points in self.points.items():
             self.done.setdefault(label, set()).update(points)
         self.points.clear()
@@ -156,6 +162,16 @@ class Session:
             self.changes[label] = change
         else:
             self.changes.pop(label, None)
+            self.asked.pop(label, None)
+
+    def history(self) -> list[Asked]:
+        """What was asked since the last label was submitted, oldest first."""
+        return [*self.settled, *self.asked.values()][-ASKED:]
+
+    def submitted(self) -> None:
+        """What was asked belongs to a label now."""
+        self.settled.clear()
+        self.asked.clear()
 
     def fresh(self, label: str, prompts: Prompts) -> Prompts:
         """Those of a label's prompts that no drawn map has obeyed already; remembers all of them."""

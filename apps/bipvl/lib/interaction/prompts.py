@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from lib.interaction.boxes import Box, holds
+from lib.tasks import meant
 
 FAR = 1e6  # mm
 MAX_POINTS = 20_000  # of one list: clicks and the voxels of some strokes; a map of strokes has no limit
+POINTS_KEPT = 20  # of one answer and kind that are kept with a label
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,63 @@ class Prompts:
     def of_maps(cls, inside: np.ndarray, outside: np.ndarray) -> Prompts:
         """From two boolean maps; a voxel in both counts as inside."""
         return cls(np.argwhere(inside), np.argwhere(outside & ~inside))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One answer as it is kept with a label: what was prompted, of which version, and what it changed.
+
+    kind: `clicks` or `scribbles`; way: that answered; box: of the voxels that changed, both ends belong to it, None if
+    none did; changed: how many.
+    """
+
+    label: str
+    kind: str
+    version: int
+    way: str
+    prompts: Prompts
+    box: tuple[tuple[int, int], ...] | None
+    changed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, in voxels of the image; of a long stroke `POINTS_KEPT` evenly taken voxels of either kind."""
+        inside, outside = (
+            points[np.linspace(0, len(points) - 1, min(len(points), POINTS_KEPT)).astype(int)].tolist()
+            for points in (self.prompts.inside, self.prompts.outside)
+        )
+        return {
+            **{"label": self.label, "kind": self.kind, "version": self.version, "answered_by": self.way},
+            **{"foreground": inside, "background": outside},
+            **{"box": None if self.box is None else [list(ends) for ends in self.box], "changed": self.changed},
+        }
+
+
+def asked_before(records: Any, labels: Iterable[str], shape: Sequence[int]) -> dict[str, Prompts]:
+    """What was prompted on each label, from what is kept with it (`Asked.to_dict`). What cannot be used is left out:
+    the records may be of an older version, or edited by hand.
+
+    Args:
+        records: a list of them.
+        labels: that there are.
+        shape: of the image, in voxels.
+    """
+    found: dict[str, list[Prompts]] = {}
+    for record in records if isinstance(records, list) else ():
+        label = meant(str(record.get("label")), labels) if isinstance(record, dict) else None
+        if label is not None:
+            try:
+                prompts = Prompts.of_points(record.get("foreground"), record.get("background"), shape)
+            except ValueError:
+                continue
+            found.setdefault(label, []).append(prompts)
+
+    def together(kinds: list[np.ndarray]) -> np.ndarray:
+        return np.unique(np.concatenate(kinds), axis=0)
+
+    return {
+        label: Prompts(together([p.inside for p in given]), together([p.outside for p in given]))
+        for label, given in found.items()
+    }
 
 
 def _points(name: str, given: Any, shape: Sequence[int], to_voxels: np.ndarray | None) -> np.ndarray:

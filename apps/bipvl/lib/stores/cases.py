@@ -2,7 +2,8 @@
 
 A case is a dictionary with `id`, `image` and `label`, the last two absolute paths, `label` None if there is none.
 A label that was drawn for some classes only says so: `annotated` names them. One that came with names keeps them:
-`label_names` is label name to value, of what it shows.
+`label_names` is label name to value, of what it shows. `clicks` is what was clicked and scribbled while it was drawn
+(`lib.interaction.prompts.Asked`).
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ from lib.volumes.reading import align_label, check_grid, check_image, encode, re
 logger = logging.getLogger(__name__)
 
 LABELS_FOLDER = Path("labels") / FINAL
+CLICKS = "clicks"  # of a label's info, and of a case
 
 
 class _Declared(TypedDict, total=False):
     annotated: list[str]
     label_names: dict[str, int]
+    clicks: list[dict[str, Any]]
 
 
 class Case(_Declared):
@@ -142,6 +145,8 @@ def _audit_case(task: Task, given: Mapping[str, Any], voxels: bool) -> CaseAudit
         case["annotated"] = given["annotated"]
     if isinstance(given.get("label_names"), dict):
         case["label_names"] = given["label_names"]
+    if isinstance(given.get(CLICKS), list):
+        case["clicks"] = given[CLICKS]
     if label_path is None:
         return CaseAudit(case, {}, "no label")
     counts: dict[str, int] = {}
@@ -185,7 +190,9 @@ def declared(names: Any) -> list[str]:
     return names
 
 
-def make_case(case: str, image: Path, label: Path | None, annotated: Any = None, names: Any = None) -> Case:
+def make_case(
+    case: str, image: Path, label: Path | None, annotated: Any = None, names: Any = None, clicks: Any = None
+) -> Case:
     """A case; `annotated` is what the label's file or list declares, None for all classes; `names`: `label_names`."""
     made = Case(id=case, image=str(image), label=str(label) if label else None)
     if annotated is not None and label:
@@ -193,6 +200,8 @@ def make_case(case: str, image: Path, label: Path | None, annotated: Any = None,
         made["annotated"] = annotated if isinstance(annotated, list) else [str(annotated)]
     if isinstance(names, dict) and label:
         made["label_names"] = names
+    if isinstance(clicks, list) and label:
+        made["clicks"] = clicks
     return made
 
 
@@ -208,7 +217,7 @@ def _from_folder(folder: Path) -> list[Case]:
     for case, image in images.items():
         label = labels.get(case)
         info = infos.label(case, LABELS_FOLDER.name, label).info if label else {}
-        cases.append(make_case(case, image, label, info.get("annotated"), info.get("label_names")))
+        cases.append(make_case(case, image, label, info.get("annotated"), info.get("label_names"), info.get(CLICKS)))
     return cases
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lib.files import FINAL
-from lib.stores.cases import declared, make_case
+from lib.stores.cases import CLICKS, declared, make_case
 from lib.stores.document import Record, digest, stage_copy, sync_folder
 from lib.stores.errors import ConflictError, NotInStoreError, ReadOnlyError, StoreError
 from lib.stores.export import zip_cases
@@ -104,7 +104,7 @@ class LocalStore(Store):
                 continue
             label = newest(final[case])
             info = infos.label(case, FINAL, label).info
-            made = make_case(case, image, label, info.get("annotated"), info.get("label_names"))
+            made = make_case(case, image, label, info.get("annotated"), info.get("label_names"), info.get(CLICKS))
             if not full_path:
                 made["image"], made["label"] = (str(p.relative_to(self.folder)) for p in (image, label))
             cases.append(dict(made))

@@ -18,7 +18,7 @@ from typing import Any
 from pydicom.dataset import Dataset
 
 from lib.files import FINAL
-from lib.stores.cases import make_case
+from lib.stores.cases import CLICKS, make_case
 from lib.stores.dicom.archive import Archive, ArchiveError, SeriesEntry
 from lib.stores.dicom.cache import ImageCache
 from lib.stores.dicom.copies import Copies, facts_of
@@ -145,7 +145,7 @@ class DicomStore(Store):
             except (StoreError, SeriesError) as error:
                 logger.warning("The label of %s is left out: %s", uid, error)
                 continue
-            made = dict(make_case(uid, image, label, info.get("annotated")))
+            made = dict(make_case(uid, image, label, info.get("annotated"), clicks=info.get(CLICKS)))
             if not full_path:
                 made["image"], made["label"] = (str(p.relative_to(self.folder)) for p in (image, label))
             cases.append({**made, "task": info["task"]})

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from lib.interaction.evidence import Reach
+from lib.interaction.prompts import asked_before
 from lib.model.nets import BiPVLSeg
 from lib.model.nets.refiner import Refiner
 from lib.model.refining import fresh
+from lib.stores.cases import CLICKS
 from lib.tasks import Task
 from lib.trainers.refiner.cases import Segmented, segmented, with_errors_of
+from lib.trainers.refiner.clicks import known_labels
 from lib.trainers.refiner.training import train_refiner
 from lib.volumes.transforms import apply, load
 
@@ -83,7 +86,10 @@ def train_stage(
     train_refiner(refiner, known, steps, seed, Reach(), note)
     real = sum(bool(case.errors) for case in known)
     logger.info("Refiner: learned from %d case(s), %d of them with errors of the version before", len(known), real)
-    return refiner.eval(), {"steps": steps, "cases": len(known), "real_errors": real, "warm": warm, "losses": losses}
+    return refiner.eval(), {
+        **{"steps": steps, "cases": len(known), "real_errors": real, "asked": sum(bool(case.asked) for case in known)},
+        **{"warm": warm, "losses": losses},
+    }
 
 
 def _same(refiner: Refiner, start: Refiner) -> bool:
@@ -108,6 +114,7 @@ def _prepared(
         case = cases[place]
         with torch.no_grad():
             own = segmented(network.model.eval(), network.task, case, _image(network.task, case))
+            own = _of_people(own, network.task, case)
             if before is not None and str(case["id"]) not in seen:
                 own = with_errors_of(own, before.model.eval(), before.task, _image(before.task, case))
         size += own.nbytes
@@ -116,6 +123,17 @@ def _prepared(
             break
         found.append(own)
     return found
+
+
+def _of_people(case: Segmented, task: Task, given: Mapping[str, Any]) -> Segmented:
+    """Only the labels that a partial label was drawn for, and what was prompted while it was drawn."""
+    known = known_labels(task, given.get("annotated"))
+    records = [r for r in given.get(CLICKS) or () if isinstance(r, dict) and r.get("task", task.name) == task.name]
+    return replace(
+        case,
+        margins={label: margin for label, margin in case.margins.items() if label in known},
+        asked=asked_before(records, known, case.truth.shape),
+    )
 
 
 def _image(task: Task, case: Mapping[str, Any]) -> Any:

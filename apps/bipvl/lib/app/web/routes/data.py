@@ -18,6 +18,7 @@ from lib.app.web import uploads
 from lib.app.web.access.accounts import User
 from lib.app.web.common import ERRORS, Services, checked, current_user, json_object, known_image, person
 from lib.files import FINAL
+from lib.stores.cases import CLICKS
 from lib.upstream import file_checksum
 
 logger = logging.getLogger(__name__)
@@ -104,11 +105,15 @@ def datastore_routes(services: Services) -> APIRouter:
     ) -> dict[str, Any]:
         info, store = {**json_object(params), "user": user.name}, app.datastore()
         valid = (*uploads.LABEL_SUFFIXES, *([".dcm"] if store.dicom else []))
+        who, final = person(services, user, asked, info.get("client_id")), (tag or FINAL) == FINAL
+        info.pop(CLICKS, None)  # the server knows them better
+        if final and (clicks := app.asked(who, image)):
+            info[CLICKS] = clicks
         with uploads.saved(label, valid, "label") as path:
             saved = store.save_label(image, str(path), tag or FINAL, info)
         logger.info("Label of %r saved as %r by %r", image, tag, user.name)
-        if (tag or FINAL) == FINAL:
-            app.submitted(person(services, user, asked, info.get("client_id")), image)
+        if final:
+            app.submitted(who, image)
         return {**(app.on_save_label(image, saved) or {}), "image": image, "label": saved}
 
     @routes.delete("/label", summary="Remove a label")
