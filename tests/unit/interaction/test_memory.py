@@ -7,6 +7,7 @@ import pytest
 
 from lib.interaction import memory
 from lib.interaction.memory import Change, Kept, Key, Memory, Session
+from lib.interaction.prompts import Asked, Prompts
 
 BOX = (slice(1, 3), slice(0, 2), slice(0, 1))
 
@@ -46,6 +47,31 @@ def test_a_drawn_map_makes_earlier_clicks_final() -> None:
     drawn = labels(1, 0, 1, 1, 0, 0, 0, 0)
     found.set(drawn, "your scribbles")
     assert np.array_equal(found.without("liver"), drawn) and found.origin == "your scribbles"
+
+
+def asked(label: str, number: int) -> Asked:
+    return Asked(label, "clicks", 3, "evidence", Prompts(np.array([[number, 0, 0]]), np.zeros((0, 3), int)), None, 0)
+
+
+def test_what_was_asked_is_known_until_a_label_is_submitted() -> None:
+    found = session(labels(*[0] * 8))
+    found.asked["liver"] = asked("liver", 1)
+    found.asked["liver"] = asked("liver", 2)  # with each click a client sends all points again
+    found.asked["spleen"] = asked("spleen", 3)
+    found.change("spleen", found.labels.full(), None)  # its points were taken back
+    found.set(labels(1, 0, 0, 0, 0, 0, 0, 0), "a drawing")
+    found.asked["liver"] = asked("liver", 4)
+    assert [one.prompts.inside[0, 0] for one in found.history()] == [2, 4]
+    found.submitted()
+    assert found.history() == []
+
+
+def test_only_the_latest_answers_are_kept() -> None:
+    found = session(labels(*[0] * 8))
+    for number in range(memory.ASKED + 5):
+        found.asked["liver"] = asked("liver", number)
+        found.set(found.labels.full(), "a drawing")
+    assert [one.prompts.inside[0, 0] for one in found.history()] == list(range(5, memory.ASKED + 5))
 
 
 def test_people_images_and_tasks_are_apart() -> None:

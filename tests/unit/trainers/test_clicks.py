@@ -46,7 +46,7 @@ def test_a_robot_s_clicks_are_answered_as_the_app_answers_them() -> None:
     it, where 3 exp(-g² / 50) still is more than the margin that speaks against it: one click has nearly all of it."""
     found = curve(case(), "liver", None)
     assert len(found) == len(CLICKS) and found[0] == pytest.approx(2 / 3, abs=1e-4)
-    assert found[1] > 0.95 and found == sorted(found)
+    assert found[1] > 0.95
     assert curve(case(missed=False), "liver", None) == [1.0] * len(CLICKS)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def test_the_network_is_bit_for_bit_as_without_a_refiner(
 ) -> None:
     _, versions = rounds
     folder = tmp_path / BOXES.name
-    BiPVLTrain(BOXES, folder)({**ROUND, "learning_rate": 1e-2}, Cases(cases[:2]))
+    Versions(folder).publish(versions.read(1))
     BiPVLTrain(BOXES, folder)({**ROUND, "seed": 1, "gate_unjudged": "publish", "gate_margin": 1}, cases)
     plain, refined = Versions(folder).read(2), versions.read(2)
     assert KEY not in plain and KEY in refined
@@ -117,21 +118,18 @@ def test_a_round_that_is_stopped_in_its_second_stage_publishes_nothing(
 # Answers ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def served(rounds: tuple[Path, Versions]) -> Versions:
-    """Version 2 is served, and its refiner answers by itself."""
-    folder, versions = rounds
-    versions.serve(2, why="test")
-    checkpoint = versions.read(2)
-    if not checkpoint[KEY]["answers"]:
-        checkpoint[KEY]["answers"] = True
-        versions.serve(versions.publish(checkpoint), why="test")
-    return versions
+@pytest.fixture(scope="module")
+def refined(rounds: tuple[Path, Versions]) -> int:
+    """A version whose refiner answers by itself, whatever the figures said."""
+    checkpoint = rounds[1].read(2)
+    checkpoint[KEY]["answers"] = True
+    return rounds[1].publish(checkpoint)
 
 
 @pytest.fixture
-def interaction(served: Versions) -> Interaction:
-    return Interaction(BiPVLInfer(BOXES, served.folder), Memory(), Images())
+def interaction(rounds: tuple[Path, Versions], refined: int) -> Interaction:
+    rounds[1].serve(refined, why="test")
+    return Interaction(BiPVLInfer(BOXES, rounds[0]), Memory(), Images())
 
 
 def work_on(cases: Cases) -> Work:
@@ -157,8 +155,6 @@ def test_a_mask_s_own_pass_keeps_what_the_refiner_reads(
     interaction: Interaction, cases: Cases, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work, engine = work_on(cases), interaction.engine
-    from functools import partial
-
     file, _ = engine({"image": str(work.path), "device": "cpu"}, made=partial(interaction.remember, work))
     assert file is not None
     Path(file).unlink()

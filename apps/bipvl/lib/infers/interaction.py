@@ -13,11 +13,12 @@ from lib.infers.bipvl import BiPVLInfer
 from lib.infers.images import Images, stamp
 from lib.infers.models import Loaded
 from lib.infers.work import Work
+from lib.interaction.answer import REACH
 from lib.interaction.boxes import Box
 from lib.interaction.margins import Features, Margin, features_near, margins
 from lib.interaction.memory import Change, Kept, Key, Memory, OutdatedError, Session
 from lib.interaction.prompts import Prompts
-from lib.interaction.respond import REACH, respond
+from lib.interaction.respond import respond
 from lib.model.predict import Prediction, Watch
 from lib.model.refining import SETTINGS, Way, text_of_labels
 from lib.stores.uploads.checks import check_label_file

@@ -16,6 +16,7 @@ from lib.interaction.refit import refit
 BALL = 2.5  # mm around a click that count as clicked when a kernel is re-fitted
 SURE = 2.0  # log odds from which a voxel of the present mask is an anchor
 ANCHORS = 2000  # at most, of either kind
+REACH = 27.0  # mm around prompts that an answer may change
 
 # What a trained refiner adds to the margin of a box (h, w, d), from its guidance (CHANNELS, h, w, d) and the decoder's
 # features (width, h, w, d).
@@ -32,6 +33,7 @@ class Settings:
     smooth: of the graph cut; 0: no cut.
     spread: of intensities in the cut, in standard deviations.
     drawn: log odds that the present mask has at least, wherever it differs from the model: what somebody drew.
+    around: mm around the prompts that an answer may change.
     """
 
     reach: Reach | None = field(default_factory=Reach)
@@ -40,6 +42,7 @@ class Settings:
     smooth: float = 0.5
     spread: float = 0.5
     drawn: float = 1.0
+    around: float = REACH
 
 
 def respect(margin: np.ndarray, mask: np.ndarray, drawn: float) -> np.ndarray:

@@ -13,8 +13,6 @@ from lib.interaction.memory import Change
 from lib.interaction.prompts import Prompts
 from lib.interaction.regions import put
 
-REACH = 27.0  # mm around prompts that an answer may change
-
 
 def respond(
     labels: np.ndarray,
@@ -47,7 +45,7 @@ def respond(
     Returns:
         The new map, and what changed.
     """
-    box = boxes.common(boxes.around(prompts.all, REACH, spacing, labels.shape), limits)
+    box = boxes.common(boxes.around(prompts.all, settings.around, spacing, labels.shape), limits)
     near = prompts.moved(boxes.corner(box))
     before = labels[box]
     mask = before == value

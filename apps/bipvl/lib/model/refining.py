@@ -27,8 +27,9 @@ KEY = "refiner"  # in a checkpoint
 
 Way = Literal["evidence", "refiner"]
 WAYS: tuple[Way, ...] = ("evidence", "refiner")
-# A refiner has learned where the border runs: a cut after it would move it again.
-SETTINGS: dict[Way, Settings] = {"evidence": Settings(), "refiner": Settings(smooth=0.0)}
+# A refiner has learned where the border runs: a cut after it would move it again. It sees boxes as large as those that
+# it learned from (`lib.trainers.refiner.training.HALF`).
+SETTINGS: dict[Way, Settings] = {"evidence": Settings(), "refiner": Settings(smooth=0.0, around=16.0)}
 
 
 @dataclass(frozen=True)

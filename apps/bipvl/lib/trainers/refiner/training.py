@@ -36,7 +36,9 @@ NOISY = 0.8  # share of the simulations that have some
 REAL = 0.5  # share that begins with the errors of a network that had not been trained on the case, if there is one
 ASKED = 0.25  # share that begins where a person prompted, if one did
 GRAIN = (4.0, 15.0)  # mm, of its bumps
-HALF = 14.0  # mm around an error that a simulation sees; answers see more (`lib.interaction.respond.REACH`)
+# mm around an error that a simulation sees: from one to the other. Answers see 16 mm around all prompts together, and
+# what a network's norms make of a box depends on its size.
+HALF = (10.0, 20.0)
 LEARNING_RATE = 1e-3
 WARM_UP = 0.05
 DRAWN = 1.0  # as of the answer's settings
@@ -82,7 +84,7 @@ def scene(case: Segmented, choose: np.random.Generator) -> Scene | None:
         place, asked = _wrong_place(wrong, choose), None
     if place is None:
         return None
-    box = boxes.around(place[None], HALF, case.spacing, shape)
+    box = boxes.around(place[None], choose.uniform(*HALF), case.spacing, shape)
     mask = margin[box] > 0
     others = (case.truth[box] != value) & (case.truth[box] > 0) & ~mask
     image = case.image[:, box[0], box[1], box[2]]
