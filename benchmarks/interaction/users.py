@@ -14,6 +14,7 @@ from lib.interaction.prompts import Prompts
 from lib.interaction.regions import NEIGHBOURS
 from lib.interaction.robot import Correction, click, scribble
 from lib.trainers.refiner.cases import Segmented
+from lib.trainers.refiner.clicks import dice
 
 USERS = ("precise", "sloppy", "scribbles")
 Answer = Callable[[Segmented, str, int, np.ndarray, Prompts], np.ndarray]  # case, label, value, map before, all prompts
@@ -57,12 +58,6 @@ def _next(
     if user == "scribbles":
         return scribble(mask, truth, case.spacing, choose)
     return click(mask, truth, case.spacing, choose if user == "sloppy" else None)
-
-
-def dice(mask: np.ndarray, truth: np.ndarray) -> float:
-    """2 |A ∩ B| / (|A| + |B|), 1 if both are empty."""
-    size = int(mask.sum()) + int(truth.sum())
-    return round(2 * int((mask & truth).sum()) / size, 4) if size else 1.0
 
 
 def stray(before: np.ndarray, after: np.ndarray, inside: np.ndarray, outside: np.ndarray) -> int:

@@ -49,9 +49,11 @@ def test_app_offers_a_model_and_a_trainer_a_task(tmp_path, caplog):
 def test_clicks_and_scribbles_can_be_left_out(tmp_path):
     (tmp_path / "studies").mkdir()
     conf = {"model_dir": str(tmp_path / "models"), "interaction": "false"}
-    assert list(BiPVLApp(str(ROOT / "apps" / "bipvl"), str(tmp_path / "studies"), conf).info()["models"]) == [
-        "quickstart"
-    ]
+    app = BiPVLApp(str(ROOT / "apps" / "bipvl"), str(tmp_path / "studies"), conf)
+    assert list(app.info()["models"]) == ["quickstart"]
+    asked = {"gate_clicks": 2, "refiner": 10}
+    done = app.trainers["quickstart"].checked(asked)
+    assert (done["gate_clicks"], done["refiner"]) == (0, 0), "a round has nothing to do with clicks either"
     with pytest.raises(TaskError, match="--conf interaction: expected true or false, got 'perhaps'"):
         BiPVLApp(str(ROOT / "apps" / "bipvl"), str(tmp_path / "studies"), {**conf, "interaction": "perhaps"})
 

@@ -117,7 +117,7 @@ def test_the_gate_compares_with_it_on_the_new_class_too(tmp_path):
     store.publish(checkpoint(known))
     served, number, note = _served(store, now, torch.device("cpu"))
     assert (number, note) == (1, None)
-    model, task = served
+    model, task, _ = served
     assert task.classes == now.classes
     assert predict(model.eval(), torch.rand(1, *PATCH), task).probabilities.shape[0] == 4
 

@@ -95,6 +95,15 @@ def test_a_robot_can_be_stopped_between_two_cases(monkeypatch: pytest.MonkeyPatc
     assert done == [0, 1]
 
 
+def test_a_case_that_cannot_be_clicked_on_costs_itself_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = clicks.curve
+    monkeypatch.setattr(clicks, "curve", lambda seen, *more: plain(seen, *more) if seen.name != "a" else 1 / 0)
+    one = robot(monkeypatch, "ab", lambda *step: None, cases=2)
+    assert set(one.curves["evidence"]) == {"b"} and "Case a is not clicked on" in caplog.text
+
+
 # The gate -----------------------------------------------------------------------------------------------------------
 
 DICE = {"a": {"liver": 0.8}}

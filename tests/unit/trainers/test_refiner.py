@@ -112,11 +112,11 @@ def test_a_case_can_be_cut_to_a_box_without_moving_anything() -> None:
     asked = {"liver": Prompts(np.array([[4, 6, 4], [20, 6, 4]]), np.zeros((0, 3), np.int64))}
     whole = replace(case(), asked=asked)
     cut = whole.within(box)
-    everything = tuple(slice(0, n) for n in cut.truth.shape)
+    everything = (slice(0, 10), slice(0, 14), slice(0, 9))
     assert np.array_equal(cut.truth, whole.truth[box])
-    assert np.allclose(cut.features_in(everything), whole.features_in(box))  # type: ignore[arg-type]
-    margins = (found.margins["liver"].on(found.meta, part) for found, part in ((cut, everything), (whole, box)))
-    assert np.allclose(*margins)  # type: ignore[arg-type]
+    assert np.allclose(cut.features_in(everything), whole.features_in(box))
+    ours, theirs = (found.margins["liver"].on(found.meta, part) for found, part in ((cut, everything), (whole, box)))
+    assert np.allclose(ours, theirs)
     assert cut.asked["liver"].inside.tolist() == [[2, 2, 3]]
 
 
@@ -148,3 +148,13 @@ def test_a_simulation_may_begin_where_a_person_prompted() -> None:
             assert prompts is not None and scene.asked.inside[0].tolist() in prompts.inside.tolist()
     assert 6 <= len(led) <= 30
     assert training.scene(replace(found, asked={}), choose).asked is training.NOTHING  # type: ignore[union-attr]
+
+
+def test_cases_without_errors_end_the_training_instead_of_going_on_forever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "VAIN", 20)
+    right = case()
+    sure = torch.from_numpy(np.where(right.truth > 0, 9.0, -9.0)).half()
+    perfect = replace(right, labels=right.truth, margins={"liver": Margin(sure, (0, 0, 0), SHAPE)})
+    monkeypatch.setattr(training, "NOISE", 0.1)
+    with pytest.raises(ValueError, match="20 draws from 1 case.* no error"):
+        training.train_refiner(Refiner(2, 4, (4, 8, 8)), [perfect], 5, 0, REACH)

@@ -96,7 +96,7 @@ def test_a_round_that_is_stopped_in_its_second_stage_publishes_nothing(
     tmp_path: Path, cases: Cases, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer, seen = BiPVLTrain(BOXES, tmp_path / BOXES.name), []
-    train = judging.train_stage
+    train: Any = judging.train_stage
 
     def stopped(*given: Any) -> Any:
         *others, told = given

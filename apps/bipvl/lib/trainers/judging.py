@@ -7,7 +7,7 @@ import importlib.metadata
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from lib.tasks import Task
 from lib.trainers import rounds
 from lib.trainers.evaluation import CaseScores, score_cases
 from lib.trainers.gate import Clicks, Decision, decide
+from lib.trainers.gate import Curves as AnyCurves
 from lib.trainers.objective import unwrapped
 from lib.trainers.refiner.clicks import CLICKS, Curves, Robot
 from lib.trainers.refiner.stage import Network, train_stage
@@ -137,14 +138,14 @@ def _score_served(
     return score_cases(model, own_task, cases, robot=robot), robot.curves[way]
 
 
-def better(ways: dict[Way, Curves]) -> Way:
+def better(ways: Mapping[Way, AnyCurves]) -> Way:
     """The way to answer that came to the higher mean Dice after clicks; without figures, or if both are equal, the one
     without training."""
     means = {way: sum(after[1:]) for way, curves in ways.items() if (after := _after(curves))}
     return "refiner" if means.get("refiner", 0) > means.get("evidence", 0) else "evidence"
 
 
-def _after(curves: Curves) -> list[float]:
+def _after(curves: AnyCurves) -> list[float]:
     """Mean Dice after each number of clicks; empty without figures."""
     rows, _ = Clicks(CLICKS, None, curves).rows()
     return [round(row.candidate, 4) for row in rows if row.candidate is not None]
@@ -186,7 +187,7 @@ def add_refiner(
         parent = versions.read(this.parent)
         earlier, its_task = restore_model(parent, versions.path(this.parent), task)
         kept = usable_refiner(parent, earlier, versions.path(this.parent))
-        before, start = Network(earlier.to(device), its_task), kept and kept.refiner
+        before, start = Network(earlier.to(device), its_task), kept.refiner if kept else None
     network = Network(model.to(device), own_task)
     refiner, said = train_stage(network, this.training, steps, seed, start, before, this.seen, told)
     checkpoint[KEY] = to_entry(refiner)
@@ -233,7 +234,10 @@ def publish(
     best = Path(context.output_dir) / rounds.BEST
     checkpoint = checkpoints.load(best) if best.is_file() else checkpoint_of(this, context, task)
     if steps := context.request["refiner"]:
-        add_refiner(checkpoint, this, task, versions, steps, int(context.request["seed"]), context.device, told)
+        try:
+            add_refiner(checkpoint, this, task, versions, steps, int(context.request["seed"]), context.device, told)
+        except Exception:  # the network was trained for hours, and is as good without
+            logger.exception("The refiner could not be trained: the version has none")
     cases = this.training, this.validation
     decision, gate = judge(checkpoint, task, versions, *cases, context.request, context.device, this.examined, told)
     manifest = {**checkpoint["manifest"], "gate": gate, "time": now()}

@@ -6,6 +6,7 @@ each at most `LABELS` labels that its reference shows, five clicks each.
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,6 +22,8 @@ from lib.model.predict import Prediction
 from lib.model.refining import SETTINGS, Way, refining
 from lib.tasks import Task
 from lib.trainers.refiner.cases import Segmented, as_segmented
+
+logger = logging.getLogger(__name__)
 
 CLICKS = (0, 1, 3, 5)  # after which Dice counts
 LABELS = 4  # of a case at most
@@ -39,7 +42,7 @@ class Robot:
         refiner: of the version, for the way `refiner`.
         told: hears of the cases; may raise to stop.
 
-    `curves` holds what came out, way by way.
+    `curves` holds what came out, way by way. What goes wrong with a case is logged, and costs that case alone.
     """
 
     def __init__(
@@ -72,11 +75,17 @@ class Robot:
         if self._done >= self.cases:
             return
         self.told(self._done, self.cases)
-        seen = as_segmented(found, task, case, image)
-        labels = chosen(seen, known_labels(task, case.get("annotated")))
-        for way in self.ways:
-            refiner = self.refiner if way == "refiner" else None
-            self.curves[way][seen.name] = {label: curve(seen, label, refiner) for label in labels}
+        try:
+            seen = as_segmented(found, task, case, image)
+            labels = chosen(seen, known_labels(task, case.get("annotated")))
+            both: dict[Way, dict[str, list[float]]] = {}
+            for way in self.ways:
+                refiner = self.refiner if way == "refiner" else None
+                both[way] = {label: curve(seen, label, refiner) for label in labels}
+            for way, curves in both.items():
+                self.curves[way][seen.name] = curves
+        except Exception:  # a round must not fail for it
+            logger.exception("Case %s is not clicked on", case.get("id"))
         self._done += 1
         self.told(self._done, self.cases)
 

@@ -67,6 +67,9 @@ def train_stage(
 
     Returns:
         The refiner, on the CPU, and what the manifest says of it.
+
+    Raises:
+        ValueError: nothing to learn from.
     """
     refiner = fresh(network.model, seed)
     warm = start is not None and _same(refiner, start)
@@ -117,11 +120,15 @@ def _prepared(
             own = _of_people(own, network.task, case)
             if before is not None and str(case["id"]) not in seen:
                 own = with_errors_of(own, before.model.eval(), before.task, _image(before.task, case))
+        if not own.margins:  # drawn for regions alone: no label is told from the others
+            continue
         size += own.nbytes
         if found and size > BYTES:
             logger.info("Refiner: %d of %d cases fit into memory", len(found), len(order))
             break
         found.append(own)
+    if not found:
+        raise ValueError("no training case has a label that a refiner could learn from")
     return found
 
 

@@ -42,6 +42,7 @@ HALF = (10.0, 20.0)
 LEARNING_RATE = 1e-3
 WARM_UP = 0.05
 DRAWN = 1.0  # as of the answer's settings
+VAIN = 1000  # draws without an error after which there is none to be expected
 FEWEST = 4  # voxels of an error that is worth a correction
 AROUND = 20.0  # mm around reference and mask of a label in which errors are made
 COARSE = 2.0  # steps of the noise's grid per standard deviation of a bump
@@ -216,6 +217,9 @@ def train_refiner(
         reach: of the evidence that it adds to.
         told: hears of the step and of the mean losses since the last call, with and without the refiner.
         every: steps between calls.
+
+    Raises:
+        ValueError: the cases have no errors, and noise makes none.
     """
     optimizer = torch.optim.AdamW(refiner.parameters(), lr=LEARNING_RATE, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
@@ -248,11 +252,12 @@ def _rate(step: int, steps: int) -> float:
 def _simulations(
     refiner: Refiner, cases: Sequence[Segmented], seed: int, reach: Reach
 ) -> Iterator[tuple[Scene, Prompts]]:
-    choose = np.random.default_rng(seed)
-    while True:
+    choose, vain = np.random.default_rng(seed), 0
+    while vain < VAIN:
+        vain += 1
         found = scene(cases[int(choose.integers(len(cases)))], choose)
-        if found is None:
-            continue
-        prompts = simulate(refiner, found, reach, choose)
-        if prompts is not None:
+        prompts = None if found is None else simulate(refiner, found, reach, choose)
+        if found is not None and prompts is not None:
+            vain = 0
             yield found, prompts
+    raise ValueError(f"{VAIN} draws from {len(cases)} case(s) found no error that a refiner could learn to correct")
