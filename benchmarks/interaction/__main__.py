@@ -142,6 +142,7 @@ def refine_command(
     steps: int = 2000,
     seed: int = 0,
     cases: Annotated[int, typer.Option(help="first so many patients; 0: all")] = 0,
+    held_out: Annotated[int, typer.Option(help="also the first so many test patients; do not test on them then")] = 0,
     errors: Annotated[Path | None, typer.Option(help="checkpoint whose errors are corrected, too")] = None,
     errors_seen: Annotated[int, typer.Option(help="first so many patients, which it was trained on")] = 0,
     field: Annotated[tuple[float, float] | None, typer.Option(help="mm around the centre, as in training")] = None,
@@ -149,16 +150,21 @@ def refine_command(
 ) -> None:
     """Train a refiner on the training patients of a frozen network.
 
-    With `--errors`, half of the simulations of patients whom that other network has not seen begin with its errors.
+    With `--held-out`, half of the simulations of those patients begin with the network's own errors, which are real: it
+    was not trained on them. With `--errors`, likewise with another network's on patients whom that one has not seen.
     """
     model, task = checkpoints.restore_model(checkpoints.load(checkpoint), checkpoint)
-    listed = split_cases(find_cases(data), shares=SPLITS.get(task.name, SHARES)).training[: cases or None]
+    split = split_cases(find_cases(data), shares=SPLITS.get(task.name, SHARES))
+    listed = split.training[: cases or None]
     volumes = Preprocessed(task, listed, work_folder / "volumes", field)
     prepared = list(prepare(model, task, listed, volumes))
     if errors:
         other, its_task = checkpoints.restore_model(checkpoints.load(errors), errors)
         for n in range(errors_seen, len(prepared)):
             prepared[n] = with_errors_of(prepared[n], other.eval(), its_task, volumes[n]["image"])
+    unseen = split.test[:held_out]
+    own = prepare(model, task, unseen, Preprocessed(task, unseen, work_folder / "volumes", field))
+    prepared += [replace(case, errors=case.margins) for case in own]
     torch.manual_seed(seed)
     refiner = Refiner(model.vision.feature_width, model.project_text.out_features)
     reach = Settings().reach
