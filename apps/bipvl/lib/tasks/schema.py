@@ -127,6 +127,7 @@ class Training(StrictModel):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     language_learning_rate: Annotated[float, Field(gt=0)] = 1e-4  # of the text encoder (docs/running/training.md)
     min_learning_rate: Annotated[float, Field(ge=0)] = 1e-7
+    continued_rate: Annotated[float, Field(gt=0)] = 1.0  # of the rates, in a round that goes on from a version
     warm_up: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of a round over which the rates rise
     weight_decay: Annotated[float, Field(ge=0)] = 1e-5
     hard_negatives: Annotated[int, Field(ge=1)] = 3

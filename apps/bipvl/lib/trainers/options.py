@@ -54,6 +54,13 @@ def train_options(task: Task, tracking_uri: str) -> OptionTable:
         ),
         Number("patches_per_case", recipe.patches_per_case, "patches from each case per epoch", TASK, low=1),
         Number("learning_rate", recipe.learning_rate, "the highest, after the warm-up", TASK, low=1e-12),
+        Number(
+            "continued_rate",
+            recipe.continued_rate,
+            "times the learning rates, in a round that goes on from a served version",
+            TASK,
+            low=1e-12,
+        ),
         Number("val_interval", recipe.val_interval, "epochs between validations", TASK, low=1),
         Number("val_split", 0.2, "wanted share of validation cases", low=0, below=1),
         Switch("pretrained", True, "start from the served version"),

@@ -28,7 +28,7 @@ from lib.upstream import Context
 # A round is resumed only with the same values: another would make the rest of it another round.
 MATCHING = (
     *("max_epochs", "train_batch_size", "patches_per_case", "learning_rate", "val_interval", "val_split"),
-    *("pretrained", "seed", "early_stop_patience", "cross_validate"),
+    *("pretrained", "continued_rate", "seed", "early_stop_patience", "cross_validate"),
 )
 LAST, BEST = "last.pt", "best.pt"  # in the folder of the run: where it was stopped, and its best epoch so far
 

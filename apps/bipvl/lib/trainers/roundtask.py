@@ -192,6 +192,9 @@ class RoundTask(TrainTask):
     def optimizer(self, context: Context) -> torch.optim.Optimizer:
         rate, decay = float(context.request["learning_rate"]), self.task.training.weight_decay
         groups = unwrapped(context.network).parameter_groups(rate)
+        if (self.this.fold.start if self.this.fold else self.this.parent) is not None:
+            share = float(context.request["continued_rate"])
+            groups = [{**group, "lr": share * group.get("lr", rate)} for group in groups]
         return torch.optim.AdamW(groups, lr=rate, weight_decay=decay)
 
     def loss_function(self, context: Context) -> None:
