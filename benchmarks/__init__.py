@@ -4,4 +4,5 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "apps" / "bipvl"))  # the app's modules are `lib`
+# The app's modules are `lib`; `support` starts the servers and archives of the tests.
+sys.path[:0] = [str(ROOT / "apps" / "bipvl"), str(ROOT / "tests")]
