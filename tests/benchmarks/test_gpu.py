@@ -3,6 +3,7 @@
 import importlib
 import json
 import time
+from typing import Any
 
 import psutil
 import pytest
@@ -74,7 +75,7 @@ def test_options_of_every_row_exist():
     """What a command does not know is refused here, not when somebody has a GPU for a quarter of an hour."""
     for row in (*gpu.rows("cuda", False), *gpu.rows("cpu", True)):
         module, command, *arguments = row.command
-        found = get_command(importlib.import_module(module).app)
+        found: Any = get_command(importlib.import_module(module).app)
         with found.make_context("benchmark", [command, *arguments], resilient_parsing=False) as context:
             name, sub, rest = found.resolve_command(context, [command, *arguments])
             parsed = sub.make_context(name, rest, parent=context)
