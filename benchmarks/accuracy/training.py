@@ -31,10 +31,10 @@ from lib.model.losses import class_maps_loss, segmentation_loss
 from lib.model.nets import BiPVLSeg, build_model
 from lib.model.nets.bipvl import Output
 from lib.model.nets.heads import LEVELS, FixedHead
+from lib.model.nets.pretrained import load_vision_weights
 from lib.model.nets.text import Sentences
 from lib.model.nets.vision import build_vision
 from lib.model.predict import predict
-from lib.model.pretrained import load_vision_weights
 from lib.tasks import Task
 from lib.trainers.objective import TrainingNetwork
 from lib.trainers.recipe import build_schedule, descend

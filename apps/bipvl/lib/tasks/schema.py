@@ -86,7 +86,7 @@ class ScratchText(StrictModel):
 
 class ModelSpec(StrictModel):
     """The network. `text` is a hub name, a local folder, `minilm`, or `scratch`; `vision_weights` is a file of weights
-    that others trained, with which fresh networks start (`lib.model.pretrained`)."""
+    that others trained, with which fresh networks start (`lib.model.nets.pretrained`)."""
 
     vision: Backbone = "swin_unetr"
     feature_size: Annotated[int, Field(ge=4)] = 48

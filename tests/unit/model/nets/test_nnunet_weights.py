@@ -6,8 +6,8 @@ from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 from torch import nn
 
 from lib.model.nets import build_model
+from lib.model.nets.pretrained import load_vision_weights
 from lib.model.nets.vision.resenc import BLOCKS, LEVELS, WIDEST, plan
-from lib.model.pretrained import load_vision_weights
 from support.helpers import tiny_task
 
 PATCH = (64, 32, 32)

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from lib.model.alignment import aggregate_text, concept_weights
 from lib.model.nets.fusion import WINDOW, BiFusion, IdentityFusion
 from lib.model.nets.heads import LEVELS, ClassEmbedding, ClassPyramid, FixedHead, TextHead, distinction
+from lib.model.nets.pretrained import load_vision_weights
 from lib.model.nets.text import Sentences, StageDividedBert, TextAssets, TextStates, build_text
 from lib.model.nets.vision import STAGES, VisionBackbone, build_vision
-from lib.model.pretrained import load_vision_weights
 from lib.tasks import Task
 
 

@@ -15,7 +15,7 @@ from benchmarks.accuracy.training import VisionOnly
 from lib.infers.explain import concept_map
 from lib.model import checkpoints
 from lib.model.nets import build_model
-from lib.model.pretrained import load_vision_weights
+from lib.model.nets.pretrained import load_vision_weights
 from lib.model.reports.page import Examined
 from lib.model.versions import Versions
 from lib.tasks import TaskError
