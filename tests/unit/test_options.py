@@ -14,7 +14,7 @@ from lib.infers import BiPVLInfer
 from lib.infers.options import RESULT_SUFFIXES, batch_options, click_options, infer_options, scribble_options
 from lib.model.nets.vision import BACKBONES
 from lib.model.versions import CheckpointError, Versions
-from lib.options import Choice, Device, Number, OptionTable, Switch, Text, boolean
+from lib.options import Choice, Device, Number, OptionTable, Switch, Text, boolean, from_json
 from lib.tasks import UNJUDGED, VISION_BACKBONES, load_task
 from lib.trainers import BiPVLTrain
 from lib.trainers.options import train_options
@@ -76,6 +76,11 @@ def test_what_is_sent_becomes_what_is_meant(sent, meant):
         ({"name": "../up"}, "name: expected small letters, got '../up'"),
         ({"name": 7}, "name: expected small letters, got 7"),
         ({"colour": "green"}, "colour: 'green'; valid are blue, red"),
+        ({"colour": "g" * 9000}, f"colour: '{'g' * 98}…; valid are blue, red"),
+        ({"mirror": "g" * 9000}, f"mirror: expected true or false, got '{'g' * 98}…"),
+        ({"epochs": "9" * 6000}, f"epochs: expected a whole number, got '{'9' * 98}…"),
+        ({"epochs": 10**5000}, "epochs: expected a whole number, got an int"),
+        ({"name": "G" * 9000}, f"name: expected small letters, got '{'G' * 98}…"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_by_name(sent, reason):
@@ -87,6 +92,24 @@ def test_clients_are_offered_what_is_shown_the_default_first():
     offer = TABLE.offer()
     assert offer == {"mirror": True, "epochs": 5, "rate": 0.5, "seed": -1, "name": "run", "colour": ["red", "blue"]}
     assert TABLE.full(offer) == TABLE.full({}), "sent back as it came, nothing changes"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "not valid JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
+        ('{"a": [[' + "9" * 6000 + ", 1, 1]]}", "a number of 6000 digits; valid are at most 300"),
+        ("-" + "9" * 301, "a number of 301 digits; valid are at most 300"),
+        ("[" * 90000, "lists and objects in one another, too deep"),
+    ],
+)
+def test_what_is_no_json_is_said_in_words(text, reason):
+    with pytest.raises(ValueError, match=f"^{re.escape(reason)}$"):
+        from_json(text)
+
+
+def test_json_may_hold_any_number_that_is_one_elsewhere():
+    assert from_json("[" + "9" * 300 + ", -1, 2.5, 1e3]") == [10**300 - 1, -1, 2.5, 1000.0]
 
 
 def test_devices_are_those_of_this_machine():

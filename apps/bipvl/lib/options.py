@@ -8,6 +8,7 @@ entry first. An option that is sent empty counts as not sent.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,9 @@ from typing import Any
 import torch
 
 from lib.upstream import device_list, strtobool
+
+SHOWN = 100  # characters of a value in an error
+DIGITS = 300  # of a whole number: more make no number with a decimal point
 
 
 @dataclass(frozen=True)
@@ -96,11 +100,12 @@ class Number(Option):
         except (TypeError, ValueError, OverflowError):
             what = "a whole number" if isinstance(self.default, int) else "a number"
             what += f" from {self.low:g} to below {self.below:g}" if bounded else ""
-            raise ValueError(f"{self.name}: expected {what}, got {value!r}") from None
+            raise ValueError(f"{self.name}: expected {what}, got {shown(value)}") from None
         if bounded and not self.low <= number < self.below:
-            raise ValueError(f"{self.name} {number}: valid is {self.low:g} up to, but not including, {self.below:g}")
+            found = shown(number)
+            raise ValueError(f"{self.name} {found}: valid is {self.low:g} up to, but not including, {self.below:g}")
         if number < self.low:
-            raise ValueError(f"{self.name}: {number} is too small; the least is {self.low:g}")
+            raise ValueError(f"{self.name}: {shown(number)} is too small; the least is {self.low:g}")
         return number
 
 
@@ -117,7 +122,7 @@ class Text(Option):
 
     def convert(self, value: Any) -> str:
         if not isinstance(value, str) or not re.fullmatch(self.pattern, value, re.DOTALL):
-            raise ValueError(f"{self.name}: expected {self.expected}, got {value!r}")
+            raise ValueError(f"{self.name}: expected {self.expected}, got {shown(value)}")
         return value
 
 
@@ -143,7 +148,7 @@ class Choice(Option):
         found = next((c for c in self.choices if c == str(value)), None)
         if found is None:
             unknown = f"unknown {self.what} " if self.what else ""
-            raise ValueError(f"{self.name}: {unknown}{value!r}; valid are {', '.join(self.choices)}")
+            raise ValueError(f"{self.name}: {unknown}{shown(value)}; valid are {', '.join(self.choices)}")
         return found
 
 
@@ -165,7 +170,7 @@ class Device(Option):
             return str(value)
         match = re.fullmatch(r"cuda:(\d{1,3})", value) if isinstance(value, str) else None
         if not match or int(match[1]) >= torch.cuda.device_count():
-            raise ValueError(f"device: {value!r}; valid are {', '.join(dict.fromkeys((*names, 'cpu', 'cuda')))}")
+            raise ValueError(f"device: {shown(value)}; valid are {', '.join(dict.fromkeys((*names, 'cpu', 'cuda')))}")
         return str(value)
 
 
@@ -219,7 +224,37 @@ def boolean(name: str, value: Any) -> bool:
     try:
         return value not in (None, "") and bool(strtobool(str(value)))
     except ValueError:
-        raise ValueError(f"{name}: expected true or false, got {value!r}") from None
+        raise ValueError(f"{name}: expected true or false, got {shown(value)}") from None
+
+
+def shown(value: Any) -> str:
+    """What somebody sent, as an error shows it: its beginning, if it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        return f"an {type(value).__name__}"
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
+
+
+def from_json(text: str) -> Any:
+    """What a text of JSON holds.
+
+    Raises:
+        ValueError: in words for whoever sent it.
+    """
+    try:
+        return json.loads(text, parse_int=_digits)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON: {error}") from None
+    except RecursionError:
+        raise ValueError("lists and objects in one another, too deep") from None
+
+
+def _digits(text: str) -> int:
+    count = len(text.lstrip("-"))
+    if count > DIGITS:
+        raise ValueError(f"a number of {count} digits; valid are at most {DIGITS}")
+    return int(text)
 
 
 def _finite(value: Any) -> float:

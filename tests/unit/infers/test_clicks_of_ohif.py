@@ -11,8 +11,8 @@ import pytest
 
 from lib.infers import BiPVLInfer
 from lib.infers.images import Images
-from lib.infers.interaction import Interaction
 from lib.infers.interactive import ClickInfer, ScribbleInfer
+from lib.infers.sessions import Interaction
 from lib.infers.work import Work
 from lib.interaction.memory import Memory, OutdatedError
 from lib.tasks import Task
@@ -213,6 +213,9 @@ def test_scribbles_have_a_box_in_voxels(
         ({"roi": [40, 50, 0, 1, 0, 1]}, r"roi: the box .* is beside the image; valid are 0 to 39, 0 to 35, 0 to 19"),
         ({"roi": [-9, -2, 0, 1, 0, 1]}, "roi: the box .* is beside the image"),
         ({"roi": [1e300, 1e301, 0, 1, 0, 1]}, "roi: the box .* is beside the image"),
+        ({"roi": [10**400, 1, 0, 1, 0, 1]}, r"roi: expected \[i0, i1, j0, j1, k0, k1\], got \[10+…$"),
+        ({"space": "lps", "foreground": [[10**400, 0, 0]]}, r"foreground: expected \[x, y, z\] in millimetres, got"),
+        ({"device": "cuda:9"}, "device: 'cuda:9'; valid are .*cpu"),
         ({"space": "lps", "foreground": [[1e9, 0, 0]]}, "foreground: points that are infinite or kilometres away"),
         ({"space": "lps", "foreground": [[900, 0, 0]]}, "foreground: .* is outside the image"),
         ({"space": "lps", "foreground": [[1, 2]]}, r"foreground: expected \[x, y, z\] in millimetres"),

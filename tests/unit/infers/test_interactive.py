@@ -13,8 +13,8 @@ import pytest
 
 from lib.infers import BiPVLInfer
 from lib.infers.images import Images
-from lib.infers.interaction import Interaction
 from lib.infers.interactive import ClickInfer, ScribbleInfer
+from lib.infers.sessions import Interaction
 from lib.infers.work import Work
 from lib.interaction.memory import Memory
 from lib.tasks import Task

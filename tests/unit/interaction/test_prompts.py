@@ -32,6 +32,8 @@ def test_no_points_are_no_prompts() -> None:
         ([[1, 2, 2.5]], [], r"foreground: expected \[i, j, k\] in voxels, got \[1, 2, 2.5\]"),
         ([[1, 2, True]], [], r"foreground: expected \[i, j, k\] in voxels"),
         ([[1, 2, float("nan")]], [], r"foreground: expected \[i, j, k\] in voxels"),
+        ([[1, 2, 10**400]], [], r"foreground: expected \[i, j, k\] in voxels, got \[1, 2, 10+…$"),
+        ([[0] * 5000], [], r"foreground: expected \[i, j, k\] in voxels, got \[(0, ?)+…$"),
         ("1,2,3", [], r"foreground: expected a list of \[i, j, k\], got str"),
         ([], {"a": 1}, r"background: expected a list of \[i, j, k\], got dict"),
         ([[0, 0, 0]] * (MAX_POINTS + 1), [], f"foreground: {MAX_POINTS + 1} points; valid are at most {MAX_POINTS}"),

@@ -12,8 +12,8 @@ import torch
 
 from lib.infers import BiPVLInfer
 from lib.infers.images import Images
-from lib.infers.interaction import Interaction
 from lib.infers.interactive import ClickInfer
+from lib.infers.sessions import Interaction
 from lib.infers.work import Work
 from lib.interaction import memory
 from lib.interaction.memory import Memory

@@ -25,8 +25,8 @@ from lib.app.web.sessions import Sessions
 from lib.files import FINAL, ORIGINAL
 from lib.infers import BatchInfer, BiPVLInfer, InteractiveInfer
 from lib.infers.images import Images
-from lib.infers.interaction import Interaction
 from lib.infers.interactive import ClickInfer, ScribbleInfer
+from lib.infers.sessions import Interaction
 from lib.infers.work import Work
 from lib.interaction.memory import Memory, OutdatedError
 from lib.model.allocator import keep_freed_memory

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from lib.files import temporary_file
-from lib.infers.interaction import Interaction
 from lib.infers.options import click_options, scribble_options
 from lib.infers.segmentation import label_info
+from lib.infers.sessions import Interaction
 from lib.infers.work import Work
 from lib.interaction import boxes
 from lib.interaction.boxes import Box

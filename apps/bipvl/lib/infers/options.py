@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from lib.files import ORIGINAL
 from lib.model.refining import WAYS
 from lib.model.versions import Versions
-from lib.options import GPUS, Choice, Device, Number, Option, OptionTable, Switch, Text
+from lib.options import GPUS, Choice, Device, Number, Option, OptionTable, Switch, Text, from_json, shown
 from lib.tasks import Task, meant
 from lib.upstream import device_list
 
@@ -51,13 +50,13 @@ class _Labels(Option):
 
     def read(self, value: Any) -> list[str] | None:
         if not isinstance(value, (str, list, tuple, type(None))):
-            raise ValueError(f"{self.name}: expected names of labels, got {value!r}")
+            raise ValueError(f"{self.name}: expected names of labels, got {shown(value)}")
         names = value.split(",") if isinstance(value, str) else list(value or [])
         names = [str(name).strip() for name in names if str(name).strip()]
         known = []
         for name in names:
             if not (label := meant(name, self.labels)):
-                raise ValueError(f"{self.name}: unknown label {name!r}; valid are {', '.join(self.labels)}")
+                raise ValueError(f"{self.name}: unknown label {shown(name)}; valid are {', '.join(self.labels)}")
             known.append(label)
         return known or None
 
@@ -73,9 +72,9 @@ class _Sentences(Option):
     def convert(self, value: Any) -> dict[str, Any] | None:
         if isinstance(value, str):
             try:
-                value = json.loads(value)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{self.name}: not valid JSON: {error}") from None
+                value = from_json(value)
+            except ValueError as error:
+                raise ValueError(f"{self.name}: {error}") from None
         if not isinstance(value, dict):
             raise ValueError(f"{self.name}: expected {self.valid}, got {type(value).__name__}")
         return value or None

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
+from lib.options import shown
+
 Box = tuple[slice, slice, slice]
 
 
@@ -45,14 +47,14 @@ def of_numbers(given: Any, shape: Sequence[int], to_voxels: np.ndarray | None = 
     if given is None or given == []:
         return None
     if not isinstance(given, (list, tuple)) or len(given) != 6 or not all(_number(n) for n in given):
-        raise ValueError(f"roi: expected [i0, i1, j0, j1, k0, k1], got {str(given)[:100]}")
+        raise ValueError(f"roi: expected [i0, i1, j0, j1, k0, k1], got {shown(given)}")
     corners = np.asarray(given, float).reshape(3, 2).T
     if to_voxels is not None:
         corners = corners @ to_voxels[:3, :3].T + to_voxels[:3, 3]
     low, high = (np.clip(np.rint(ends(corners, axis=0)), -1, shape).astype(int) for ends in (np.min, np.max))
     if (high < 0).any() or (low >= shape).any():
         ends = ", ".join(f"0 to {size - 1}" for size in shape)
-        raise ValueError(f"roi: the box {str(given)[:100]} is beside the image; valid are {ends}")
+        raise ValueError(f"roi: the box {shown(given)} is beside the image; valid are {ends}")
     return tuple(
         slice(max(0, int(a)), int(b) + 1) for a, b in zip(low, np.minimum(high, np.subtract(shape, 1)), strict=True)
     )  # type: ignore[return-value]
@@ -80,4 +82,9 @@ def of_change(moved: np.ndarray) -> Box:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return False

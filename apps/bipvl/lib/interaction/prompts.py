@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from lib.interaction.boxes import Box, holds
+from lib.options import shown
 from lib.tasks import meant
 
 FAR = 1e6  # mm
+MAX_INDEX = 2**63  # of a voxel
 MAX_POINTS = 20_000  # of one list: clicks and the voxels of some strokes; a map of strokes has no limit
 POINTS_KEPT = 20  # of one answer and kind that are kept with a label
 
@@ -140,7 +142,7 @@ def _points(name: str, given: Any, shape: Sequence[int], to_voxels: np.ndarray |
     points: list[tuple[int, ...]] = []
     for point in given if to_voxels is None else _moved(name, given, to_voxels):
         if not isinstance(point, (list, tuple)) or len(point) != 3 or not all(_whole(n) for n in point):
-            raise ValueError(f"{name}: expected [i, j, k] in voxels, got {point!r}")
+            raise ValueError(f"{name}: expected [i, j, k] in voxels, got {shown(point)}")
         voxel = tuple(int(n) for n in point)
         if not all(0 <= n < size for n, size in zip(voxel, shape, strict=True)):
             ends = ", ".join(f"0 to {size - 1}" for size in shape)
@@ -153,12 +155,14 @@ def _moved(name: str, given: Sequence[Any], to_voxels: np.ndarray) -> list[list[
     """The voxels that points in millimetres are in."""
     try:
         points = np.array(given, float).reshape(-1, 3)
-    except (ValueError, TypeError):
-        raise ValueError(f"{name}: expected [x, y, z] in millimetres, got {str(given)[:100]}") from None
+    except (ValueError, TypeError, OverflowError):
+        raise ValueError(f"{name}: expected [x, y, z] in millimetres, got {shown(given)}") from None
     if not np.isfinite(points).all() or (len(points) and np.abs(points).max() > FAR):
         raise ValueError(f"{name}: points that are infinite or kilometres away")
     return np.rint(points @ to_voxels[:3, :3].T + to_voxels[:3, 3]).astype(np.int64).tolist()
 
 
 def _whole(number: Any) -> bool:
-    return isinstance(number, (int, float)) and not isinstance(number, bool) and float(number).is_integer()
+    if not isinstance(number, (int, float)) or isinstance(number, bool):
+        return False
+    return abs(number) < MAX_INDEX and float(number).is_integer()

@@ -30,7 +30,8 @@ from support import ROOT
 from support.helpers import write_nifti
 from support.training import SMALL
 
-INFER, TRY = "/infer/quickstart?image=", "/concepts/quickstart/try"
+INFER, CLICKS = "/infer/quickstart?image=", "/infer/quickstart_clicks?image="
+TRY = "/concepts/quickstart/try"
 PARAMS: dict[str, dict[str, Any]] = {
     "overlap": {"overlap": 2},
     "version": {"model_version": "v9"},
@@ -86,6 +87,24 @@ REFUSED: list[tuple[str, str, dict[str, Any], int, str]] = [
     ("POST", INFER + "../../etc/passwd", {}, 404, "unknown image"),
     ("POST", "/infer/other?image=whole", {}, 404, "unknown model 'other'; valid are quickstart"),
     ("POST", INFER + "whole", sent({"image_path": "/etc/passwd"}), 400, "'image_path' cannot be set"),
+    *(
+        ("POST", f"/infer/quickstart{which}?image=whole", {"data": {"params": f'{{"{key}": {given}}}'}}, 400, reason)
+        for which, key in (("", "overlap"), ("_clicks", "foreground"), ("_scribbles", "roi"))
+        for given, reason in (
+            (f"[[{'9' * 6000}, 1, 1]]", "params: a number of 6000 digits; valid are at most 300"),
+            ("[[NaN, 1, 1]]", "params: NaN, infinity or broken Unicode cannot be used"),
+            ("[" * 90000, "params: lists and objects in one another, too deep"),
+        )
+    ),
+    *(
+        ("POST", f"{CLICKS}whole", sent({"label": "liver", **params}), 400, reason)
+        for params, reason in (
+            ({"device": "cuda:9", "foreground": [[1, 1, 1]]}, "device: 'cuda:9'; valid are "),
+            ({"foreground": [[10**299, 1, 1]]}, "foreground: expected [i, j, k] in voxels, got [100"),
+            ({"foreground": [[99, 1, 1]]}, "is outside the image; valid are 0 to 15, 0 to 15, 0 to 15"),
+            ({"foreground": [[1, 1, 1]], "roi": [10**299] * 6}, "is beside the image; valid are 0 to 15"),
+        )
+    ),
     ("POST", "/infer/quickstart", upload("my scan.nii.gz", b"no volume"), 400, "my_scan.nii.gz: cannot be read"),
     ("POST", "/infer/quickstart", upload("x.exe", b"x"), 400, "must end in"),
     ("POST", "/infer/quickstart", {}, 400, "what to segment"),
@@ -142,6 +161,25 @@ def test_a_refusal_is_a_sentence_and_a_line(app, client, caplog, method, path, m
     assert method in text and repr(httpx.URL(path).path)[1:-1] in text and f"{status}, " in text and "\n" not in text
     assert "127.0.0.1" in text or "198.51.100.7" in text
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR or record.exc_info]
+
+
+@pytest.mark.parametrize("model", ["quickstart", "quickstart_clicks"])
+def test_options_that_nobody_knows_are_named_in_the_answer(client, model):
+    """A misspelled option was passed over in silence. What clients add by themselves is no option, and not named."""
+    points = {"label": "liver", "foreground": [[1, 1, 1]]} if model.endswith("clicks") else {}
+    quiet = {"client_id": "ada", "result_dtype": "uint8", "model": model, "image": "whole"}
+    params = {**points, **quiet, "device": "cpu", "overlapp": 0.5, "x" * 900: 1}
+    answer = client.post(f"/infer/{model}?image=whole&output=json", **sent(params))
+    assert answer.status_code == 200, answer.text
+    found = [text for text in answer.json()["warnings"] if text.startswith("unknown options")]
+    assert found == [f"unknown options without effect: 'overlapp', '{'x' * 98}…"]
+
+
+def test_clicks_beside_their_own_box_are_told(client):
+    sent_ = sent({"label": "liver", "foreground": [[1, 1, 1]], "roi": [5, 9, 5, 9, 5, 9], "device": "cpu"})
+    answer = client.post(f"{CLICKS}whole&output=json", **sent_).json()
+    assert answer["changed"] == 0
+    assert "roi: 1 of 1 voxels lie outside of the box: they change nothing" in answer["warnings"]
 
 
 def _has_no_path(app: BiPVLApp, answer: httpx.Response) -> None:

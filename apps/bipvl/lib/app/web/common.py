@@ -23,6 +23,7 @@ from lib.app.web.sessions import Sessions
 from lib.infers import BatchInfer, BiPVLInfer, InteractiveInfer
 from lib.infers.work import Work
 from lib.model.predict import Watch
+from lib.options import from_json
 from lib.stores.interface import Store
 from lib.trainers import BiPVLTrain
 from lib.upstream import ScoringMethod, Strategy
@@ -158,9 +159,9 @@ def json_object(text: str, what: str = "params") -> dict[str, Any]:
         HTTPException: 400 for anything else.
     """
     try:
-        data = json.loads(text) if text else {}
-    except (ValueError, RecursionError) as error:
-        raise HTTPException(400, f"{what}: not valid JSON: {error}") from error
+        data = from_json(text) if text else {}
+    except ValueError as error:
+        raise HTTPException(400, f"{what}: {error}") from error
     return checked(data, what)
 
 
@@ -175,5 +176,5 @@ def checked(data: Any, what: str = "params") -> dict[str, Any]:
     try:
         json.dumps(data, allow_nan=False, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise HTTPException(400, f"{what}: NaN, infinity, broken Unicode or too deep: {error}") from error
+        raise HTTPException(400, f"{what}: NaN, infinity or broken Unicode cannot be used") from error
     return data

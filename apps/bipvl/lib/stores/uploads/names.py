@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from lib.options import shown
 from lib.stores.errors import StoreError
 from lib.tasks import Task, TaskError, folded, meant
 from lib.tasks.names import BACKGROUND
@@ -97,7 +98,7 @@ def named_values(label_info: Any) -> dict[int, str] | None:
         if value == 0 and _is_background(name):
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)) or int(value) != value or value < 1:
-            raise StoreError(f"label_info: {name!r}: expected a value of at least 1, found {value!r}")
+            raise StoreError(f"label_info: {name!r}: expected a value of at least 1, found {shown(value)}")
         if values.setdefault(int(value), name) != name:
             raise StoreError(f"label_info: value {int(value)} has two names, {values[int(value)]!r} and {name!r}")
     return values

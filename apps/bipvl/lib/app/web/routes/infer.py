@@ -34,12 +34,14 @@ from lib.app.web.running import Asked, CancelledError, Run, Running
 from lib.files import ORIGINAL
 from lib.infers import BiPVLInfer, InteractiveInfer
 from lib.infers.work import Work
+from lib.options import shown
 
 logger = logging.getLogger(__name__)
 
 LOOK = 0.3  # seconds between looks whether somebody still waits
 SAVE_OPTIONS = ("save_label", "label_tag")
 RESERVED = ("model", "image")  # part of the address; clients may repeat them
+ADDED = ("client_id", "result_dtype")  # by clients of their own accord, whatever is asked for
 FORBIDDEN = ("image_path", "label", "session", "path", "skip_writer", "result_write_to_file")
 ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {
@@ -133,6 +135,7 @@ class _Request:
         self.file: UploadFile | None = None
         self.person = ""
         self.map: UploadFile | None = None  # with scribbles
+        self.warnings: list[str] = []
 
 
 def _prepare(
@@ -152,6 +155,8 @@ def _prepare(
     store = services.app.datastore()
     given = json_object(params)
     request = _Request({**_options(task, given, model, image), "model": model}, output)
+    if unknown := [key for key in given if key not in (*task.options, *RESERVED, *ADDED)]:
+        request.warnings.append(f"unknown options without effect: {', '.join(map(shown, unknown))}")
     if model in interactive and (output is InferOutput.dicom_seg or (file is not None and not session_id)):
         if output is InferOutput.dicom_seg:
             raise HTTPException(400, "output: dicom_seg is not offered for clicks and scribbles")
@@ -197,7 +202,7 @@ def _run(services: Services, request: _Request, run: Run) -> Response:
         mask = Path(result["file"])
         stack.callback(mask.unlink, missing_ok=True)
         params = result["params"]
-        params["warnings"] = [services.places.hide(text) for text in params.get("warnings", ())]
+        params["warnings"] = [services.places.hide(text) for text in [*params.get("warnings", ()), *request.warnings]]
         return _answer(app, request, mask, params)
 
 
