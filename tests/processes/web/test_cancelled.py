@@ -15,7 +15,7 @@ import requests
 from support.server import Server
 
 
-@pytest.mark.parametrize("model", ["quickstart", "quickstart_clicks"])
+@pytest.mark.parametrize("model", ["quickstart", "quickstart_clicks", "doubts"])
 def test_a_request_says_how_far_it_is_and_ends_with_whoever_asked(
     model: str, tmp_path: Path, phantoms: Callable[..., None]
 ) -> None:
@@ -23,18 +23,22 @@ def test_a_request_says_how_far_it_is_and_ends_with_whoever_asked(
     # Many windows, each of them slow enough to be seen.
     conf = {"models": "quickstart", "overlap": "0.8", "model.vision": "unet", "model.feature_size": "8"}
     conf |= {"spacing": "[2, 2, 2]", "patch": "[32, 32, 32]", "model.scratch": "{layers: 4, width: 16, heads: 2}"}
+    path = f"/infer/{model}"
+    if model == "doubts":  # of a published version
+        conf, path = {"models": "quickstart", "overlap": "0.95"}, "/doubts/quickstart"
     with Server(tmp_path / "studies", tmp_path / "models", conf) as server:
         (image,) = server.call("GET", "/datastore/?output=all").json()["objects"]
 
         def progress(client_id: str = "ann") -> Any:
             query = {"image": image, "client_id": client_id}
-            return server.call("GET", f"/infer/{model}/progress", params=query).json()
+            return server.call("GET", f"{path}/progress", params=query).json()
 
         assert progress() is None
         params = json.dumps({"client_id": "ann", **({} if model == "quickstart" else {"label": "liver"})})
         with ThreadPoolExecutor(1) as pool:
-            query, data = {"image": image}, {"params": params}
-            asked = pool.submit(requests.post, f"{server.url}/infer/{model}", params=query, data=data, timeout=(9, 6))
+            query, data = {"image": image, "client_id": "ann"}, {"params": params}
+            ask = requests.get if model == "doubts" else requests.post
+            asked = pool.submit(ask, f"{server.url}{path}", params=query, data=data, timeout=(9, 6))
             seen = []
             while not asked.done():
                 seen.append(progress())
@@ -47,4 +51,4 @@ def test_a_request_says_how_far_it_is_and_ends_with_whoever_asked(
         while progress() is not None and time.monotonic() < deadline:
             time.sleep(0.1)
         assert progress() is None and progress("ben") is None
-        assert f"{model} of '{image}': cancelled after" in server.tail()
+        assert f"{path.split('/')[2]} of '{image}': cancelled after" in server.tail()

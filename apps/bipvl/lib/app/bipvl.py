@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 from fastapi import HTTPException
 
 from lib import upstream
@@ -31,7 +32,7 @@ from lib.infers.work import Work
 from lib.interaction.memory import Memory, OutdatedError
 from lib.model.allocator import keep_freed_memory
 from lib.model.checkpoints import CheckpointError
-from lib.model.predict import Watch
+from lib.model.predict import Prediction, Watch
 from lib.model.shipped import start_from_shipped
 from lib.options import boolean
 from lib.stores.dicom.store import DicomStore
@@ -222,8 +223,10 @@ class BiPVLApp(MONAILabelApp):
         store = datastore or self.datastore()
         image = known_image(store, str(request.get("image")))
         path = Path(store.get_image_uri(image))
-        result = self.infer_file(request, path, None if person is None else Work(person, image, path), watch)
+        work = None if person is None else Work(person, image, path)
+        result = self.infer_file(request, path, work, watch, image)
         params, mask = result["params"], Path(result["file"])
+        places = params.pop("doubts")  # which no label needs to be kept with
         try:
             store.propose(image, request["model"], params["model_version"], mask)
             if request.get("save_label"):
@@ -231,6 +234,7 @@ class BiPVLApp(MONAILabelApp):
                 store.save_label(image, result["file"], request.get("label_tag") or ORIGINAL, info)
             if file := params.get("uncertainty_map"):
                 params["uncertainty_map"] = self._keep_map(store, image, request["model"], params, file)
+            params["doubts"] = places
         except BaseException:  # nobody learns where they are
             for left in (mask, params.get("uncertainty_map")):
                 if isinstance(left, (str, Path)):
@@ -254,25 +258,65 @@ class BiPVLApp(MONAILabelApp):
             Path(file).unlink(missing_ok=True)
 
     def infer_file(
-        self, request: dict[str, Any], path: Path, work: Work | None = None, watch: Watch | None = None
+        self,
+        request: dict[str, Any],
+        path: Path,
+        work: Work | None = None,
+        watch: Watch | None = None,
+        image: str | None = None,
     ) -> dict[str, Any]:
-        """Segment a file or a DICOM folder that is not in the datastore. The caller removes the result's `file` and
-        what its `uncertainty_map` names."""
+        """Segment a file or a DICOM folder. The caller removes the result's `file` and what its `uncertainty_map`
+        names.
+
+        Args:
+            work: who gets the mask, and may go on with clicks.
+            watch: told how it goes.
+            image: the file's id, if it is in the datastore: where the model doubts is then kept, and among `params`.
+        """
         model = str(request.get("model"))
         if model not in self.models:
             raise HTTPException(404, f"unknown model {model!r}; valid are {', '.join(self.models)}")
         clicks = self.interactions.get(f"{model}_{ClickInfer.SUFFIX}")
-        made = partial(clicks.interaction.remember, work) if clicks and work else None
+        engine, places = self.models[model], {}
+
+        def made(version: int, task: Task, found: Prediction, meta: Mapping[str, Any], labels: np.ndarray) -> None:
+            if clicks and work:
+                clicks.interaction.remember(work, version, task, found, meta, labels)
+            if image is not None:
+                only = engine.options["label_subset"].read(request.get("label_subset"))
+                places.update(engine.note_doubts(image, version, task, found, meta, only))
+
         try:
             with self.turns.request():
-                file, params = self.models[model]({**request, "image": str(path)}, made=made, watch=watch)
+                file, params = engine({**request, "image": str(path)}, made=made, watch=watch)
         except CheckpointError:
             raise  # it says whose fault it is
         except ValueError as error:
             raise HTTPException(400, str(error)) from error
         if clicks and work:
             params["mask_state"] = clicks.interaction.state(work)
+        if image is not None:
+            params["doubts"] = places
         return {"label": file, "file": file, "tag": ORIGINAL, "params": params}
+
+    def doubts(self, model: str, image: str, watch: Watch | None = None) -> dict[str, Any]:
+        """Where the served version doubts in an image of the datastore, as `Reviews.get`: what is kept, else by a pass
+        of the model."""
+        engine = self.models[model]
+        if not (served := engine.served()):
+            raise HTTPException(404, f"{model}: no version is published yet, and untrained weights are sure of nothing")
+        kept = engine.reviews.get(image)
+        if kept and kept["version"] == served:
+            return kept
+        path = Path(self.datastore().get_image_uri(image))
+        try:
+            with self.turns.request():
+                loaded, prediction, meta, _ = engine.predict(path, None, upstream.device_list()[0], watch)
+                return engine.note_doubts(image, loaded.version, loaded.task, prediction, meta)
+        except CheckpointError:
+            raise
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from error
 
     def interact(self, request: dict[str, Any], work: Work, watch: Watch | None = None) -> dict[str, Any]:
         """Answer a person's clicks or scribbles. The caller removes the result's `file`."""

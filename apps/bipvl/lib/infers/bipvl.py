@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lib.files import now
+from lib.infers.explain.doubts import described, doubts
 from lib.infers.models import Loaded, Models
 from lib.infers.options import Options, infer_options
 from lib.infers.segmentation import Made, Segmentation, label_info
 from lib.model.nets import BiPVLSeg
 from lib.model.predict import Prediction, Watch, predict
+from lib.model.reviews import Reviews
 from lib.model.versions import Versions
 from lib.options import OptionTable
 from lib.tasks import Task, TaskError
 from lib.tasks.revisions import newest_text
 from lib.upstream import InferInterface, InferType, device_list, name_to_device
 from lib.volumes.transforms import apply, load, restore
+
+logger = logging.getLogger(__name__)
 
 
 class BiPVLInfer(InferInterface):
@@ -33,6 +39,7 @@ class BiPVLInfer(InferInterface):
         self.task = task
         self.versions = Versions(model_dir)
         self.models = Models(task, self.versions)
+        self.reviews = Reviews(model_dir)
         super().__init__(InferType.SEGMENTATION, task.label_values, 3, f"BiPVL-Seg: {task.description}")
 
     # What clients see ---------------------------------------------------------------------------------------------
@@ -125,6 +132,36 @@ class BiPVLInfer(InferInterface):
             features = loaded.refiner is not None and loaded.refiner.answers
         prediction = predict(loaded.model, data["image"], loaded.task, watch=watch, keep_features=features)
         return loaded, prediction, data["image"].meta, restore(prediction.probabilities, data["image"], loaded.task)
+
+    def note_doubts(
+        self,
+        image: str,
+        version: int,
+        task: Task,
+        prediction: Prediction,
+        meta: Mapping[str, Any],
+        only: Collection[str] | None = None,
+    ) -> dict[str, Any]:
+        """Keep where a prediction doubts, for whoever opens the image. Untrained weights are sure of nothing, so there
+        is nothing to look at.
+
+        Args:
+            image: its id in the datastore.
+            version, task, prediction, meta: of a mask, as `made` hears of it.
+            only: labels that were asked for; None: all.
+
+        Returns:
+            As `Reviews.get`.
+        """
+        found = doubts(prediction.probabilities, task.overlapping, task.spacing) if version else []
+        places = [place for place in described(found, task, meta) if only is None or place["label"] in only]
+        try:
+            self.reviews.keep(image, version, places)
+            kept = self.reviews.get(image)
+        except OSError as error:  # the mask is worth more
+            logger.warning("%s: the places where version %d doubts could not be kept: %s", image, version, error)
+            kept = None
+        return kept or {"version": version, "time": now(), "places": [{**place, "answers": []} for place in places]}
 
     def _other_text(self, loaded: Loaded) -> list[str]:
         """A warning if the next round will read sentences other than this version's."""

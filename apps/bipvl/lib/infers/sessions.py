@@ -101,6 +101,8 @@ class Interaction:
         """One pass of the model."""
         loaded, prediction, meta, labels = self.engine.predict(work.path, version, device, watch)
         origin = "the model's mask"
+        if work.stored:
+            self.engine.note_doubts(work.image, loaded.version, loaded.task, prediction, meta)
         if work.label is not None and not afresh:
             labels, origin = self._submitted(work.label, work.path), "the submitted label"
         session = _session(loaded, loaded.task, prediction, meta, labels, origin, work)

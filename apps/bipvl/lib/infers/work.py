@@ -11,9 +11,11 @@ class Work:
     """What a person works on.
 
     label: the image's last submitted label of the person's own or anybody's, if there is one.
+    stored: whether the image is the datastore's; one that was sent for a while is not.
     """
 
     person: str
     image: str
     path: Path
     label: Path | None = None
+    stored: bool = True

@@ -84,6 +84,8 @@ def test_each_failed_login_doubles_the_wait():
         ("PUT", "/session/", "annotator", "viewer"),
         ("POST", "/activelearning/x", "annotator", "viewer"),
         ("PUT", "/datastore/label", "annotator", "annotator"),
+        ("GET", "/doubts/quickstart", "viewer", "viewer"),
+        ("PUT", "/doubts/quickstart", "annotator", "annotator"),
         ("DELETE", "/datastore/label", "admin", "admin"),
         ("PUT", "/model/x", "admin", "admin"),
         ("GET", "/logs", "admin", "admin"),

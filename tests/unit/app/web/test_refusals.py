@@ -31,7 +31,7 @@ from support.helpers import write_nifti
 from support.training import SMALL
 
 INFER, CLICKS = "/infer/quickstart?image=", "/infer/quickstart_clicks?image="
-TRY = "/concepts/quickstart/try"
+DOUBTS, TRY = "/doubts/quickstart?image=", "/concepts/quickstart/try"
 PARAMS: dict[str, dict[str, Any]] = {
     "overlap": {"overlap": 2},
     "version": {"model_version": "v9"},
@@ -139,6 +139,13 @@ REFUSED: list[tuple[str, str, dict[str, Any], int, str]] = [
     ("POST", "/concepts/quickstart/map", {"json": {"image": "empty"}}, 400, "empty.nii.gz"),
     ("POST", "/concepts/quickstart/revisions", {"json": {}}, 400, "nothing to save"),
     ("GET", "/agreement/quickstart?image=whole", {}, 404, "no version is published yet"),
+    ("GET", f"{DOUBTS}whole", {}, 404, "no version is published yet"),
+    ("GET", f"{DOUBTS}nobody", {}, 404, "unknown image 'nobody'"),
+    ("GET", f"{DOUBTS}whole&look=perhaps", {}, 422, "look"),
+    ("GET", "/doubts/other?image=whole", {}, 404, "unknown model 'other'; valid are quickstart"),
+    ("PUT", f"{DOUBTS}whole", {"json": {"place": "x", "answer": "perhaps"}}, 400, "valid are right, fix"),
+    ("PUT", f"{DOUBTS}whole", {"json": {"place": 7}}, 422, "body.place"),
+    ("PUT", f"{DOUBTS}nobody", {"json": {"place": "x", "answer": "right"}}, 404, "unknown image 'nobody'"),
     ("GET", "/datastore/?output=everything", {}, 422, "output"),
     ("GET", "/nothing%0Ahere", {}, 404, "Not Found"),
     ("POST", "/info/", {}, 405, "Method Not Allowed"),

@@ -25,6 +25,7 @@ from lib.app.web.common import LabelApp, Services
 from lib.app.web.routes.agreement import agreement_routes
 from lib.app.web.routes.concepts import concept_routes
 from lib.app.web.routes.data import datastore_routes, session_routes
+from lib.app.web.routes.doubts import doubt_routes
 from lib.app.web.routes.infer import infer_routes
 from lib.app.web.routes.login import auth_routes
 from lib.app.web.routes.models import task_routes
@@ -86,7 +87,7 @@ def build(services: Services) -> FastAPI:
     handle_errors(api, services.places)
     for make in (
         *(auth_routes, datastore_routes, session_routes, infer_routes),
-        *(task_routes, report_routes, concept_routes, agreement_routes),
+        *(task_routes, report_routes, concept_routes, agreement_routes, doubt_routes),
     ):
         api.include_router(make(services))
     api.include_router(page_routes(api, services))

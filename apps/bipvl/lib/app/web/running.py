@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+from fastapi import Request, Response
+
+logger = logging.getLogger(__name__)
+Answer = TypeVar("Answer")
+
+LOOK = 0.3  # seconds between looks whether somebody still waits
 
 
 class CancelledError(Exception):
@@ -68,3 +78,19 @@ class Running:
         with self._lock:
             runs = self._runs.get(asked)
             return {"done": runs[-1].done, "total": runs[-1].total} if runs else None
+
+    async def attend(
+        self, asked: Asked, request: Request, executor: Executor, work: Callable[[Run], Answer]
+    ) -> Answer | Response:
+        """Do work in its turn for as long as somebody waits for it. If nobody does any more, the answer is an empty
+        one, which nobody reads."""
+        with self.run(asked) as run:
+            answer = asyncio.get_running_loop().run_in_executor(executor, work, run)
+            while not (await asyncio.wait({answer}, timeout=LOOK))[0]:
+                if await request.is_disconnected():
+                    run.cancel()
+            try:
+                return await answer
+            except CancelledError:
+                logger.info("%s of %r: cancelled after %d of %d windows", *asked[1:], run.done, run.total)
+                return Response(status_code=499)

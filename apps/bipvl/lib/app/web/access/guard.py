@@ -53,6 +53,7 @@ RULES: tuple[tuple[str, re.Pattern[str], str, str | None], ...] = tuple(
         ("POST", r"/activelearning/[^/]+", "annotator", "viewer"),
         ("PUT DELETE", r"/session/[^/]*", "annotator", "viewer"),
         ("PUT", r"/datastore/.*", "annotator", None),
+        ("PUT", r"/doubts/[^/]+", "annotator", None),
         ("POST DELETE", r"/(train|batch/infer)/?[^/]*", "annotator", "admin"),
         ("POST DELETE", r"/scoring/[^/]*", "annotator", None),
         ("POST", r"/proxy/.*", "annotator", None),

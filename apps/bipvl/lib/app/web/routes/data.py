@@ -66,6 +66,8 @@ def datastore_routes(services: Services) -> APIRouter:
     @routes.delete("/image", summary="Remove an image and its labels")
     def remove_image(user: Asker, id: str) -> dict[str, str]:
         app.datastore().remove_image(known_image(app.datastore(), id))
+        for engine in app.models.values():
+            engine.reviews.forget(id)
         logger.info("Image %r removed by %r", id, user.name)
         return {}
 

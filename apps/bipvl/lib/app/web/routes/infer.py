@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import json
-import logging
 import mimetypes
 from contextlib import ExitStack
 from enum import Enum
@@ -30,15 +28,12 @@ from lib.app.web.common import (
     person,
 )
 from lib.app.web.routes.data import known_session
-from lib.app.web.running import Asked, CancelledError, Run, Running
+from lib.app.web.running import Asked, Run, Running
 from lib.files import ORIGINAL
 from lib.infers import BiPVLInfer, InteractiveInfer
 from lib.infers.work import Work
 from lib.options import shown
 
-logger = logging.getLogger(__name__)
-
-LOOK = 0.3  # seconds between looks whether somebody still waits
 SAVE_OPTIONS = ("save_label", "label_tag")
 RESERVED = ("model", "image")  # part of the address; clients may repeat them
 ADDED = ("client_id", "result_dtype")  # by clients of their own accord, whatever is asked for
@@ -110,17 +105,8 @@ def infer_routes(services: Services) -> APIRouter:
             return request
 
         request = await run_in_threadpool(prepare)
-        with running.run(Asked(request.person, model, image)) as run:
-            work = partial(_run, services, request, run)
-            answer = asyncio.get_running_loop().run_in_executor(services.infers, work)
-            while not (await asyncio.wait({answer}, timeout=LOOK))[0]:
-                if await asked.is_disconnected():
-                    run.cancel()
-            try:
-                return await answer
-            except CancelledError:
-                logger.info("%s of %r: cancelled after %d of %d windows", model, image, run.done, run.total)
-                return Response(status_code=499)  # which nobody reads
+        who = Asked(request.person, model, image)
+        return await running.attend(who, asked, services.infers, partial(_run, services, request))
 
     return routes
 
@@ -197,7 +183,7 @@ def _run(services: Services, request: _Request, run: Run) -> Response:
             result = app.infer_file(request.options, path, watch=run)
         else:
             assert request.path is not None
-            work = Work(request.person, f"session {request.path}", request.path)
+            work = _of_session(request)
             result = app.infer_file(request.options, request.path, work, run)
         mask = Path(result["file"])
         stack.callback(mask.unlink, missing_ok=True)
@@ -212,8 +198,12 @@ def _interact(app: LabelApp, request: _Request, stack: ExitStack, run: Run) -> d
         options["map"] = stack.enter_context(uploads.saved(request.map, uploads.LABEL_SUFFIXES, "label"))
     if request.image is not None:
         return app.interact(options, app.work(request.person, request.image), run)
+    return app.interact(options, _of_session(request), run)
+
+
+def _of_session(request: _Request) -> Work:
     assert request.path is not None
-    return app.interact(options, Work(request.person, f"session {request.path}", request.path), run)
+    return Work(request.person, f"session {request.path}", request.path, stored=False)
 
 
 def _answer(app: LabelApp, request: _Request, mask: Path, params: dict[str, Any]) -> Response:
