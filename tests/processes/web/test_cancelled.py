@@ -25,7 +25,7 @@ def test_a_request_says_how_far_it_is_and_ends_with_whoever_asked(
     conf |= {"spacing": "[2, 2, 2]", "patch": "[32, 32, 32]", "model.scratch": "{layers: 4, width: 16, heads: 2}"}
     path = f"/infer/{model}"
     if model == "doubts":  # of a published version
-        conf, path = {"models": "quickstart", "overlap": "0.95"}, "/doubts/quickstart"
+        conf, path = {"models": "quickstart", "overlap": "0.98"}, "/doubts/quickstart"
     with Server(tmp_path / "studies", tmp_path / "models", conf) as server:
         (image,) = server.call("GET", "/datastore/?output=all").json()["objects"]
 

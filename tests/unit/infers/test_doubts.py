@@ -129,8 +129,9 @@ def test_places_are_described_on_the_grid_of_the_file() -> None:
         "spleen",
         "background",
     )
+    assert place["extent"] == [5.0, 5.0, 5.0]
     assert (place["volume"], place["entropy"], place["probability"]) == (125.0, 1.0, 0.5)
-    assert place["why"] == "spleen or background? The model gives spleen 50%."
+    assert place["why"] == "The model is 50% sure of spleen; background comes next."
 
 
 def test_a_region_is_corrected_by_the_label_that_no_smaller_one_has() -> None:

@@ -169,16 +169,19 @@ def described(places: Sequence[Place], task: Task, meta: Mapping[str, Any]) -> l
     Returns:
         For each place `id`; `label`, which a person would correct; `class`, the model's; `instead`, what it may be
         otherwise; `voxel` and `box` ([first, last] along each axis) in voxels of the file; `centre` and `corners` in
-        DICOM's millimetres; `volume` in mm³, `entropy` in bits, `probability` of the class; `why`, a sentence.
+        DICOM's millimetres; `extent`, mm along each axis, `volume` in mm³, `entropy` in bits, `probability` of the
+        class; `why`, a sentence.
     """
     affine, original = (np.asarray(meta[key], float) for key in ("affine", "original_affine"))
     shape = np.array([int(n) for n in meta["spatial_shape"][:3]])
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
     to_file, to_lps = np.linalg.inv(original) @ affine, LPS @ original
     found: dict[str, dict[str, Any]] = {}
     for place in places:
         name = task.classes[place.row]
         label = _label(name, task)
         last = [part.stop - 1 for part in place.box]
+        sizes = [part.stop - part.start for part in place.box]
         corners = np.array(np.meshgrid(*zip(boxes.corner(place.box), last, strict=True))).reshape(3, -1).T
         voxel = _moved(np.array([place.voxel]), to_file, shape)[0]
         ends = _moved(corners, to_file, shape)
@@ -193,11 +196,14 @@ def described(places: Sequence[Place], task: Task, meta: Mapping[str, Any]) -> l
             "box": np.stack([low, high], 1).tolist(),
             "centre": _millimetres(voxel, to_lps),
             "corners": [_millimetres(low, to_lps), _millimetres(high, to_lps)],
+            "extent": [round(float(n * mm), 1) for n, mm in zip(sizes, spacing, strict=True)],
             "volume": round(place.volume, 1),
             "entropy": round(place.entropy, 3),
             "probability": round(place.probability, 3),
         }
-        entry["why"] = f"{name} or {entry['instead']}? The model gives {name} {place.probability:.0%}."
+        entry["why"] = f"The model is {place.probability:.0%} sure of {name}."
+        if not task.overlapping:
+            entry["why"] = f"{entry['why'][:-1]}; {instead} comes next."
         found.setdefault(entry["id"], entry)
     return list(found.values())
 

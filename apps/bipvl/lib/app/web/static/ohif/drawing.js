@@ -136,6 +136,11 @@ export class Drawing {
     return this.labels.find(label => label.value === value) ?? this.labels[0]
   }
 
+  /** Choose a label, as a click in the list does. */
+  choose({ value }) {
+    this.services.segmentationService.setActiveSegment(this.id, value)
+  }
+
   /** Names of the labels that the annotator has locked against changes. */
   get locked() {
     const locked = cornerstoneTools.segmentation.segmentLocking.getLockedSegmentIndices(this.id)

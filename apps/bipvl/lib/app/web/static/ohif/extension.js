@@ -5,6 +5,7 @@
  * no tools to draw with and no way to submit.
  */
 
+import { Review } from './review/review.js'
 import { Session } from './session.js'
 import { View } from './view.js'
 
@@ -22,6 +23,7 @@ const VIEWPORTS = [
 const NO_MENU = '.bipvl-tools [aria-haspopup="menu"]:not([data-cy="data-row"] *) { display: none }'
 
 const session = new Session()
+session.review = new Review(session)
 const view = new View(session)
 
 /** What React.createElement returns: the viewer does not export its React (18). */
@@ -99,8 +101,10 @@ const mode = {
           { id: 'PanelSegmentation.tableMode', mode: 'expanded' },
         ])
         session.start(managers.servicesManager.services)
+        session.review.start()
       },
       onModeExit: managers => {
+        session.review.stop()
         session.stop()
         base.onModeExit(managers)
       },

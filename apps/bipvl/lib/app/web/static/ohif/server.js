@@ -74,6 +74,22 @@ export async function progress(model, series) {
   return (await request('GET', path, { query: { image: series, client_id: client() } })).json()
 }
 
+/**
+ * Where the model doubts in a series: {version, places}; version null if nothing is known.
+ * @param look whether the model looks at the image if it has to
+ * @param signal ends that
+ */
+export const doubts = async (task, series, look, signal) =>
+  (await request('GET', `/doubts/${encodeURIComponent(task)}`, { query: { image: series, look, client_id: client() }, signal })).json()
+
+/** How far one's own look is, {done, total} windows; null if the model is not looking. */
+export const looked = async (task, series) =>
+  (await request('GET', `/doubts/${encodeURIComponent(task)}/progress`, { query: { image: series, client_id: client() } })).json()
+
+/** Keep an answer about a place, {place, answer, version}; the list as it is then. */
+export const answerDoubt = async (task, series, said) =>
+  (await request('PUT', `/doubts/${encodeURIComponent(task)}`, { query: { image: series }, json: said })).json()
+
 /** Save a NIfTI file as the final label of a series. */
 export async function submit(series, file, params) {
   const form = new FormData()

@@ -1,6 +1,7 @@
 /** The panel: buttons, options and what is known of case, model and training, in plain DOM. */
 
 import { Tools, TOOLS_PANEL } from './correct/tools.js'
+import { Places, REVIEW_PANEL } from './review/places.js'
 
 const PANEL = `
 <link rel="stylesheet" href="/ohif/bipvl/panel.css">
@@ -13,6 +14,7 @@ const PANEL = `
 <div class="row map" hidden><button class="overlay minor" type="button"></button>
   <a download>Download the uncertainty map</a></div>
 ${TOOLS_PANEL}
+${REVIEW_PANEL}
 <div class="row"><button class="submit" type="button">Submit Label</button><span class="drawn"></span></div>
 <div class="row kept"><span></span>
   <button class="restore minor" type="button">Bring it back</button>
@@ -66,6 +68,7 @@ export class View {
     find('.task select').addEventListener('change', event => session.chooseTask(event.target.value))
     find('.strategy').addEventListener('change', event => session.chooseStrategy(event.target.value))
     this._tools = new Tools(session, find)
+    this._places = new Places(session.review, find)
     session.onChange = () => this.update()
     this.update()
   }
@@ -87,6 +90,7 @@ export class View {
     this._text('.version', busy === 'Segmenting' ? this._looking() : model ? this._version() : '')
     this._running()
     this._tools.update()
+    this._places.update()
     this._find('.warnings').replaceChildren(...(this.session.result?.warnings ?? []).map(warning => {
       const item = document.createElement('li')
       item.textContent = warning[0].toUpperCase() + warning.slice(1)

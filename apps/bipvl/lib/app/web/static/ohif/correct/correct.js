@@ -23,6 +23,10 @@ const MOST = 20000 // voxels that the server takes at once
 const count = voxels => voxels === 1 ? '1 voxel' : `${voxels.toLocaleString('en')} voxels`
 const millimetres = (drawing, voxel) => drawing.placeOf(voxel).map(mm => Math.round(mm * 1000) / 1000)
 
+/** Whether a key goes into a field. */
+export const isTyping = event =>
+  Boolean(event.composedPath()[0]?.matches?.('input:not([type=checkbox]), textarea, select, [contenteditable]'))
+
 export class Correct {
   constructor(session) {
     this.session = session
@@ -44,6 +48,11 @@ export class Correct {
 
   get drawing() {
     return this.session.drawing
+  }
+
+  /** How many clicks and scribbles the server has answered on this drawing. */
+  get answers() {
+    return this._answered.length
   }
 
   /** Whether the server answers clicks for this task. */
@@ -112,8 +121,7 @@ export class Correct {
   }
 
   _key(event) {
-    const typing = event.composedPath()[0]?.matches?.('input:not([type=checkbox]), textarea, select, [contenteditable]')
-    if (typing || !this.drawing || event.altKey) return
+    if (isTyping(event) || !this.drawing || event.altKey) return
     const action = this._action(event)
     if (!action) return
     event.stopImmediatePropagation()
@@ -175,10 +183,11 @@ export class Correct {
     ]
     const way = this._pointing.way
     if (way.length && this.tool !== 'box') points.push({ voxels: way, inside: TOOLS[this.tool].inside, sent: false })
-    if (!way.length || this.tool !== 'box') return { points, box: this.box }
+    const place = this.session.review?.box ?? null
+    if (!way.length || this.tool !== 'box') return { points, box: this.box, place }
     const [from, to] = this._pointing.ends
     const drawn = { low: from.map((n, axis) => Math.min(n, to[axis])), high: from.map((n, axis) => Math.max(n, to[axis])) }
-    return { points, box: drawn }
+    return { points, box: drawn, place }
   }
 
   /** Whether the server's mask is the one that is shown. */

@@ -16,7 +16,7 @@ export class Pointing {
    * person.drags() whether the tool draws a line or a box
    * person.pointed(voxels, ends, viewport) what was pointed at: the voxels of the way, and its first and last one
    * person.shown() the drawing that is marked
-   * person.marks() what is shown: {points: [{voxels, inside, sent}], box: {low, high}}
+   * person.marks() what is shown: {points: [{voxels, inside, sent}], box: {low, high}, place: {low, high}}
    */
   constructor(person) {
     this.person = person
@@ -135,9 +135,10 @@ export class Pointing {
     const viewport = drawing?.viewports().find(other => other.element === element)
     if (!layer) return
     if (!viewport || !drawing.ready) return layer.replaceChildren()
-    const { points, box } = this.person.marks()
+    const { points, box, place } = this.person.marks()
     const parts = points.flatMap(mark => this._points(viewport, drawing, mark))
-    if (box) parts.push(...this._box(viewport, drawing, box))
+    if (box) parts.push(...this._box(viewport, drawing, box, '#FFD24D', '6 4'))
+    if (place) parts.push(...this._box(viewport, drawing, place, '#6FE3FF', '2 4'))
     layer.replaceChildren(...parts)
   }
 
@@ -174,7 +175,7 @@ export class Pointing {
   }
 
   /** The outline of a box where the slice cuts it. */
-  _box(viewport, drawing, { low, high }) {
+  _box(viewport, drawing, { low, high }, colour, dashes) {
     const corners = [...Array(8).keys()].map(corner => drawing.placeOf(
       low.map((n, axis) => corner >> axis & 1 ? high[axis] + 0.5 : n - 0.5)))
     const depths = corners.map(place => this._depth(viewport, place))
@@ -186,7 +187,7 @@ export class Pointing {
       x: Math.min(...xs), y: Math.min(...ys),
       width: Math.max(...xs) - Math.min(...xs), height: Math.max(...ys) - Math.min(...ys),
     })) outline.setAttribute(name, value)
-    outline.setAttribute('style', 'fill:none;stroke:#FFD24D;stroke-width:1.5;stroke-dasharray:6 4')
+    outline.setAttribute('style', `fill:none;stroke:${colour};stroke-width:2;stroke-dasharray:${dashes}`)
     return [outline]
   }
 }
