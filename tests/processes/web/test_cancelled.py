@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 import requests
 
+from lib.infers import BiPVLInfer
+from lib.tasks import load_task
+from support.scoring import publish
 from support.server import Server
 
 
@@ -25,7 +28,9 @@ def test_a_request_says_how_far_it_is_and_ends_with_whoever_asked(
     conf |= {"spacing": "[2, 2, 2]", "patch": "[32, 32, 32]", "model.scratch": "{layers: 4, width: 16, heads: 2}"}
     path = f"/infer/{model}"
     if model == "doubts":  # of a published version
-        conf, path = {"models": "quickstart", "overlap": "0.98"}, "/doubts/quickstart"
+        path = "/doubts/quickstart"
+        task = load_task("quickstart", {key: value for key, value in conf.items() if key != "models"})
+        publish(BiPVLInfer(task, tmp_path / "models" / "quickstart"), task, seed=0)
     with Server(tmp_path / "studies", tmp_path / "models", conf) as server:
         (image,) = server.call("GET", "/datastore/?output=all").json()["objects"]
 

@@ -37,6 +37,8 @@ def make_series(
     descending: bool = False,
     seed: int = 0,
     without: tuple[str, ...] = (),
+    pixels: np.ndarray | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> str:
     """Write a series and return its UID.
 
@@ -46,10 +48,13 @@ def make_series(
         spacing: between columns, rows and slices, mm.
         descending: number the slices against their normal, as feet-first scanners do.
         without: keywords to leave out.
+        pixels: (slices, rows, columns) int16; default noise.
+        more: keywords to add.
     """
     folder.mkdir(parents=True, exist_ok=True)
     series, study, frame = generate_uid(), study or generate_uid(), generate_uid()
-    pixels = np.random.default_rng(seed).integers(-1000, 1000, size=shape[::-1]).astype(np.int16)
+    if pixels is None:
+        pixels = np.random.default_rng(seed).integers(-1000, 1000, size=shape[::-1]).astype(np.int16)
     normal = np.cross(orientation[:3], orientation[3:])
     for k in range(shape[2]):
         ds = Dataset()
@@ -72,12 +77,40 @@ def make_series(
         ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 16, 15, 1
         ds.RescaleIntercept, ds.RescaleSlope = 0, 1
         ds.PixelData = pixels[k].tobytes()
+        for name, value in (more or {}).items():
+            setattr(ds, name, value)
         for name in without:
             if name in ds:
                 delattr(ds, name)
         # Names in an order that is not that of the slices.
         ds.save_as(folder / f"{(k * 7) % 101:03}-{series[-6:]}.dcm", write_like_original=False)
     return str(series)
+
+
+def series_of(image: nib.Nifti1Image, folder: Path, patient: str, **more: Any) -> str:
+    """An MR image whose axes are those of the patient, as a series; returns its UID.
+
+    Args:
+        more: keywords to add.
+    """
+    image = nib.as_closest_canonical(image)
+    values, spacing = np.asarray(image.dataobj), np.diag(image.affine)[:3]
+    assert np.array_equal(image.affine[:3, :3], np.diag(spacing)), "oblique"
+    # DICOM's first two axes run to the left and to the back, NIfTI's to the right and to the front.
+    first = image.affine @ [values.shape[0] - 1, values.shape[1] - 1, 0, 1]
+    pixels = np.rint(values[::-1, ::-1].T).astype(np.int16)
+    low, high = np.percentile(pixels, (1, 99))
+    window = {"WindowCenter": round((low + high) / 2), "WindowWidth": round(high - low)}
+    return make_series(
+        folder,
+        values.shape,
+        spacing=tuple(spacing),
+        origin=(-first[0], -first[1], first[2]),
+        modality="MR",
+        patient=patient,
+        pixels=pixels,
+        more={**window, **more},
+    )
 
 
 def with_uids(source: Path, folder: Path, seed: str = "j2k") -> str:

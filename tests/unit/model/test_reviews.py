@@ -59,7 +59,8 @@ def test_the_last_answer_of_a_person_counts_and_others_stay(reviews: Reviews) ->
     assert said(found)[0] == [("fix", "ben", 1), ("fix", "ann", 1)]
     reviews.answer("a", 1, SPLEEN["id"], "right", "ann")
     assert reviews.counts(1) == {"right": 1, "fix": 1}, "one place counts once, whoever answered"
-    assert reviews.counts(2) == {"right": 0, "fix": 0}
+    assert reviews.summary(1) == "1 place looked right, 1 to be fixed"
+    assert reviews.counts(2) == {"right": 0, "fix": 0} and reviews.summary(2) == ""
 
 
 def test_a_later_list_shows_answers_about_the_same_place(reviews: Reviews) -> None:

@@ -120,6 +120,13 @@ class Reviews:
                 found[answer] += 1
         return found
 
+    def summary(self, version: int) -> str:
+        """The counts of a version in words; empty if nobody has answered."""
+        right, fix = self.counts(version).values()
+        if not right + fix:
+            return ""
+        return f"{right} place{'' if right == 1 else 's'} looked right, {fix} to be fixed"
+
     def _changing(self) -> FileLock:
         self.folder.mkdir(parents=True, exist_ok=True)
         return FileLock(self.folder / ".lock", timeout=LOCK_SECONDS)

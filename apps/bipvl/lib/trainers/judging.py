@@ -19,6 +19,7 @@ from lib.model.checkpoints import CheckpointError, restore_model
 from lib.model.nets import BiPVLSeg
 from lib.model.refining import KEY, WAYS, Kept, Way, restore_refiner, to_entry
 from lib.model.reports.page import Examined, round_report, write_report
+from lib.model.reviews import Reviews
 from lib.model.versions import Versions
 from lib.tasks import Task
 from lib.trainers import rounds
@@ -285,7 +286,10 @@ def _report(
                 f"No case was set aside. These are {len(some)} of the cases that the model WAS trained on: they show "
                 "that it learns, not how good it is."
             )
-        page = round_report(task, version, versions.manifests(), tracker.history, examined, scored)
+        manifests = versions.manifests()
+        parent = next(m for m in manifests if m["version"] == version).get("parent")
+        doubts = Reviews(versions.folder).summary(parent) if parent else ""
+        page = round_report(task, version, manifests, tracker.history, examined, scored, doubts)
         write_report(page, versions.report(version))
         logger.info("Report: %s", versions.report(version))
     except Exception:

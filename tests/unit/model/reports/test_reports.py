@@ -195,10 +195,20 @@ def test_a_round_shows_every_part(task):
         **{"alignment_global": [(1, 2.0)], "alignment_local": [(1, 2.0)], "val_mean_dice": [(2, 0.6)]},
         **{"dice_liver": [(2, 0.625)]},
     }
-    html = round_report(task, 2, manifests(), history, examined, "Held out.")
+    doubts = "3 places looked right, 1 to be fixed"
+    html = round_report(task, 2, manifests(), history, examined, "Held out.", doubts)
     page = Page(html)
     assert page.is_safe()
-    for text in ("tiny, version 2", "served", "Held out.", "case_7", "Compared with version 1", "+0.250", "0.625"):
+    for text in (
+        "tiny, version 2",
+        "served",
+        "Held out.",
+        "case_7",
+        "Compared with version 1",
+        "+0.250",
+        "0.625",
+        doubts,
+    ):
         assert text in page.text, text
     for text in ("Loss parts", "Learned sigmas", "Learning rate", "Concept weights", "Similarity of text and vision"):
         assert text in page.text, text

@@ -146,6 +146,7 @@ def round_report(
     history: Mapping[str, Points],
     examined: Examined,
     scored: str,
+    doubts: str = "",
 ) -> str:
     """The page of a training round.
 
@@ -155,6 +156,7 @@ def round_report(
         history: scalar to points (epoch, value), as `trainers.tracking.Tracker` collects them.
         examined: the cases that the model was scored on.
         scored: which cases these are, as a sentence.
+        doubts: what people answered where the parent doubted.
     """
     manifest = next(m for m in manifests if m["version"] == version)
     gate = manifest.get("gate") or {}
@@ -165,6 +167,7 @@ def round_report(
         "Epochs": f"{len(history.get('loss', []))}, the model is of epoch {manifest.get('epoch')}",
         "Time": f"{_time(manifest)}, took {_minutes(manifest.get('seconds'))}",
         "Sentences": f"{task.concepts.hash} ({task.concepts.review.status})",
+        **({"Where the parent doubted": doubts} if doubts else {}),
     }
     charts = [
         (

@@ -86,7 +86,8 @@ export class Places {
     Object.assign(button, { type: 'button', title: `entropy ${place.entropy.toFixed(2)} of 1` })
     Object.assign(button.dataset, { action: 'go', id: place.id })
     const { color } = review.session.drawing.labels.find(({ name }) => name === place.label) ?? { color: [128, 128, 128] }
-    const name = made('span', 'label', place.instead === 'not' ? place.class : `${place.class} or ${place.instead}`)
+    const rival = ['not', 'background'].includes(place.instead) ? '' : ` or ${place.instead}`
+    const name = made('span', 'label', place.class + rival)
     name.style.setProperty('--label', `rgb(${color.join()})`)
     const size = made('span', 'size', `${millilitres(place.volume)}, ${Math.round(Math.max(...place.extent))} mm`)
     button.append(name, size)
