@@ -1,7 +1,7 @@
 """Robot users on labelled patients: what clicks and scribbles are worth.
 
 python -m benchmarks.interaction run CHECKPOINT --data FOLDER --method evidence --user precise
-python -m benchmarks.interaction tables
+python -m benchmarks.interaction doubts CHECKPOINT --data FOLDER
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import typer
 from benchmarks import records
 from benchmarks.accuracy.__main__ import commit
 from benchmarks.accuracy.data import SHARES, SPLITS, Preprocessed, find_cases, split_cases
+from benchmarks.interaction import doubts
 from benchmarks.interaction.cases import prepare
 from benchmarks.interaction.users import USERS, work
 from lib.files import write_atomic
@@ -132,6 +133,26 @@ def run_command(
             run["method"] = name
             run |= {"user": who, "on": on, "patients": patients, "commit": commit(), "summary": found}
             records.put(results, run)
+
+
+@app.command("doubts")
+def doubts_command(
+    checkpoint: Annotated[Path, typer.Argument(help="of an accuracy run, or a published version")],
+    data: Annotated[Path, typer.Option(help="folder of the data set")],
+    on: Annotated[str, typer.Option(help="test, or validation while settings are being chosen")] = "validation",
+    results: Path = RESULTS,
+    work_folder: Annotated[Path, typer.Option("--work")] = WORK,
+) -> None:
+    """Ask whether the places where the model doubts hold its errors."""
+    model, task = checkpoints.restore_model(checkpoints.load(checkpoint), checkpoint)
+    split = split_cases(find_cases(data), shares=SPLITS.get(task.name, SHARES))
+    chosen = {"test": split.test, "validation": split.validation}[on]
+    found = doubts.summary(
+        doubts.examined(model, task, chosen, Preprocessed(task, chosen, work_folder / "volumes", None))
+    )
+    print(json.dumps(found, indent=2))
+    run = {"name": f"{task.name} {on} doubts", "task": task.name, "method": "doubts", "on": on, "commit": commit()}
+    records.put(results, {**run, "summary": found})
 
 
 @app.command("refine")
