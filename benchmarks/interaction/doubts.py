@@ -74,14 +74,13 @@ def examined(model: BiPVLSeg, task: Task, cases: Sequence[dict[str, str]], volum
 
 def summary(found: Sequence[Looked]) -> dict[str, Any]:
     """Means over cases."""
-    with_error = [one for one in found if one.reached is not None]
-    reached = np.mean([one.reached for one in with_error], axis=0).round(3).tolist()
-    chance = np.mean([one.chance for one in with_error], axis=0).round(3).tolist()
+    reached, chance = ([one for one in both if one] for both in ([f.reached for f in found], [f.chance for f in found]))
+    shares = [np.array(both).mean(0).round(3).tolist() for both in (reached, chance)]
     return {
         "cases": len(found),
-        "with a thick error": len(with_error),
+        "with a thick error": len(reached),
         "places": round(float(np.mean([one.places for one in found])), 1),
         "middles that are wrong": round(sum(one.wrong for one in found) / max(1, sum(one.places for one in found)), 3),
-        "largest error reached": dict(zip(map(str, FIRST), reached, strict=True)),
-        "by chance": dict(zip(map(str, FIRST), chance, strict=True)),
+        "largest error reached": dict(zip(map(str, FIRST), shares[0], strict=True)),
+        "by chance": dict(zip(map(str, FIRST), shares[1], strict=True)),
     }

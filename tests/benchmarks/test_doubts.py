@@ -18,7 +18,7 @@ def test_the_largest_thick_error_counts() -> None:
     found = look(mask, TRUTH, [(10, 10, 10), (5, 5, 5), (20, 7, 7)], (2.0, 2.0, 2.0))
     # The third place is 4 mm from the nearest voxel of the largest error, and beside it; the second lies in an error.
     assert (found.reached, found.places, found.wrong) == ([False, True, True, True], 3, 1)
-    assert found.chance == sorted(found.chance) and 0 < found.chance[0] < 1
+    assert found.chance and found.chance == sorted(found.chance) and 0 < found.chance[0] < 1
     further = look(mask, TRUTH, [(21, 7, 7)], (2.0, 2.0, 2.0))
     assert further.reached == [False] * 4 and further.wrong == 0
 

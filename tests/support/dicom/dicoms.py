@@ -101,10 +101,11 @@ def series_of(image: nib.Nifti1Image, folder: Path, patient: str, **more: Any) -
     pixels = np.rint(values[::-1, ::-1].T).astype(np.int16)
     low, high = np.percentile(pixels, (1, 99))
     window = {"WindowCenter": round((low + high) / 2), "WindowWidth": round(high - low)}
+    columns, rows, slices = values.shape
     return make_series(
         folder,
-        values.shape,
-        spacing=tuple(spacing),
+        (columns, rows, slices),
+        spacing=(spacing[0], spacing[1], spacing[2]),
         origin=(-first[0], -first[1], first[2]),
         modality="MR",
         patient=patient,
