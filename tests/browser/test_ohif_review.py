@@ -139,6 +139,22 @@ def test_places_are_listed_shown_answered_and_kept(site: Site, visit: Visit) -> 
     wait_for(visit, ".review .state", "The server does not answer")
     assert said(kept(site, "CASE-A")["places"][0]) == [("right", ACCOUNT["username"], 1)]
     page.unroute("**/doubts/**")
+
+    # Another list has come meanwhile: it is shown, and the panel says why.
+    visit.expected += ("404 PUT",)
+    page.route(
+        "**/doubts/**",
+        lambda route: (
+            route.fulfill(status=404, json={"detail": "place: another list"})
+            if route.request.method == "PUT"
+            else route.continue_()
+        ),
+    )
+    with page.expect_response(lambda answer: "/doubts/" in answer.url and answer.request.method == "GET"):
+        button(visit, "Looks right").click()
+    wait_for(visit, ".review .state", "Place: another list")
+    assert rows.count() == len(places)
+    page.unroute("**/doubts/**")
     hand.submit()
 
     # Opened again: what was answered is there, without a mask.

@@ -5,7 +5,7 @@ import * as server from '../server.js'
 
 const NEXT = 'n'
 const LOOK = 500 // milliseconds between questions about how far the model is
-const GONE = 409
+const GONE = [404, 409] // the list is another one by now
 
 const dot = (one, other) => one.reduce((sum, value, axis) => sum + value * other[axis], 0)
 const add = (one, other) => one.map((value, axis) => value + other[axis])
@@ -123,16 +123,20 @@ export class Review {
     await this._answer(place, 'fix')
   }
 
-  /** @returns whether the server has it */
+  /** @returns whether the server has it; if its list is another one by now, that is shown */
   async _answer(place, answer) {
     const { _drawing: drawing, version } = this
     this.saving = place.id
     const said = { place: place.id, answer, version }
-    const kept = await this._ask(() => server.answerDoubt(drawing.task, drawing.series, said))
+    const error = await this._ask(() => server.answerDoubt(drawing.task, drawing.series, said))
     if (drawing !== this._drawing) return false
     this.saving = null
+    if (GONE.includes(error?.status)) {
+      await this._ask(() => server.doubts(drawing.task, drawing.series, false))
+      this.problem = error.message
+    }
     this._changed()
-    return kept
+    return !error
   }
 
   // The list ------------------------------------------------------------------------------------------------------
@@ -149,7 +153,9 @@ export class Review {
       this.looking = found ?? this.looking
       this._changed()
     }, LOOK)
-    await this._ask(() => server.doubts(drawing.task, drawing.series, true, signal))
+    const error = await this._ask(() => server.doubts(drawing.task, drawing.series, true, signal))
+    // An answer on the way may have overtaken it.
+    if (!error) await this._ask(() => server.doubts(drawing.task, drawing.series, false))
     clearInterval(timer)
     if (this._abort?.signal !== signal) return
     Object.assign(this, { _abort: null, looking: null })
@@ -161,7 +167,10 @@ export class Review {
     Object.assign(this, { _abort: null, looking: null })
   }
 
-  /** Take over the list that the server answers with. Whatever fails stands in the list's own part of the panel. */
+  /**
+   * Take over the list that the server answers with. Whatever fails stands in the list's own part of the panel.
+   * @returns the error, if there is one
+   */
   async _ask(request) {
     const { _drawing: drawing } = this
     const number = ++this._numbers
@@ -170,13 +179,11 @@ export class Review {
     try {
       const found = await request()
       if (number === this._numbers && drawing === this._drawing) this._take(found)
-      return true
+      return null
     } catch (error) {
-      if (drawing !== this._drawing || error.name === 'AbortError') return false
-      if (error.status === GONE) await this._ask(() => server.doubts(drawing.task, drawing.series, false))
-      this.problem = error.message
+      if (drawing === this._drawing && error.name !== 'AbortError') this.problem = error.message
       this._changed()
-      return false
+      return error
     }
   }
 
