@@ -32,6 +32,8 @@ LONGEST = (
     "processes/web/test_web_schema.py",
     "browser/test_ohif_loop.py",
     "browser/test_ohif_clicks.py",
+    "browser/test_ohif_review.py",
+    "browser/test_first_case.py",
     "processes/test_scoring_server.py",
     "processes/clients/test_load.py",
     "processes/install/test_deployment.py",
