@@ -14,7 +14,7 @@ import logging
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -28,6 +28,7 @@ from benchmarks.shipped_model import HIPPOCAMPUS, cases_of, person, score
 from lib.infers import BiPVLInfer
 from lib.model.shipped import start_from_shipped
 from lib.model.versions import Versions
+from lib.stores.cases import Case
 from lib.tasks import load_task
 from lib.trainers import BiPVLTrain
 from lib.volumes import metrics
@@ -39,14 +40,14 @@ KINDS = ("known", "new")
 class Labelled:
     """What a train task asks a datastore for."""
 
-    def __init__(self, cases: list[dict[str, Any]]) -> None:
+    def __init__(self, cases: list[Case]) -> None:
         self.cases = cases
 
-    def datalist(self) -> list[dict[str, Any]]:
+    def datalist(self) -> list[Case]:
         return self.cases
 
 
-def mean_dice(engine: BiPVLInfer, cases: list[dict[str, Any]]) -> dict[str, float]:
+def mean_dice(engine: BiPVLInfer, cases: list[Case]) -> dict[str, float]:
     """Dice of each class, and their mean as `mean`."""
     found = {name: values["dice"].mean for name, values in metrics.summary(score(engine, cases, 1.0)).items()}
     return {**found, "mean": sum(found.values()) / len(found)}

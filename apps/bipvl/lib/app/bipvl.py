@@ -27,6 +27,7 @@ from lib.files import FINAL, ORIGINAL
 from lib.infers import BatchInfer, BiPVLInfer, InteractiveInfer
 from lib.infers.images import Images
 from lib.infers.interactive import ClickInfer, ScribbleInfer
+from lib.infers.models import Loaded
 from lib.infers.sessions import Interaction
 from lib.infers.work import Work
 from lib.interaction.memory import Memory, OutdatedError
@@ -279,12 +280,12 @@ class BiPVLApp(MONAILabelApp):
         clicks = self.interactions.get(f"{model}_{ClickInfer.SUFFIX}")
         engine, places = self.models[model], {}
 
-        def made(version: int, task: Task, found: Prediction, meta: Mapping[str, Any], labels: np.ndarray) -> None:
+        def made(loaded: Loaded, task: Task, found: Prediction, meta: Mapping[str, Any], labels: np.ndarray) -> None:
             if clicks and work:
-                clicks.interaction.remember(work, version, task, found, meta, labels)
+                clicks.interaction.remember(work, loaded, task, found, meta, labels)
             if image is not None:
                 only = engine.options["label_subset"].read(request.get("label_subset"))
-                places.update(engine.note_doubts(image, version, task, found, meta, only))
+                places.update(engine.note_doubts(image, loaded.version, task, found, meta, only))
 
         try:
             with self.turns.request():
