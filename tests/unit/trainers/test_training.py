@@ -117,6 +117,17 @@ def test_sigmas_are_trained_without_weight_decay_and_bounded(tmp_path):
     assert math.exp(LOG_SIGMA_FLOOR) == pytest.approx(0.1)
 
 
+def test_a_round_that_goes_on_from_a_version_takes_its_share_of_every_rate(tmp_path):
+    task = small_trainer(tmp_path).task
+    trainer = RoundTask(task, tmp_path, Round({}, [], [], Examined(task)))
+    context = trainer_module.Context()
+    context.request = {"seed": 0, "learning_rate": 1e-3, "continued_rate": 0.1}
+    context.network = trainer.network(context)
+    fresh = [group["lr"] for group in trainer.optimizer(context).param_groups]
+    trainer.this.parent = 1
+    assert [group["lr"] for group in trainer.optimizer(context).param_groups] == pytest.approx([r / 10 for r in fresh])
+
+
 def test_a_broken_case_is_set_aside_and_the_rest_trains(studies, tmp_path, caplog):
     broken = tmp_path / "broken.nii.gz"
     broken.write_bytes(b"")
