@@ -115,6 +115,16 @@ def ship(checkpoint: dict[str, Any], scores: dict[str, list[metrics.Row]], out: 
     print(f"\nWritten: {out}, {out.stat().st_size / 1e6:.1f} MB")
 
 
+class Labelled:
+    """What a train task asks a datastore for."""
+
+    def __init__(self, cases: list[Case]) -> None:
+        self.cases = cases
+
+    def datalist(self) -> list[Case]:
+        return self.cases
+
+
 def halved(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint with its weights in half precision."""
     weights = {k: v.half() if v.is_floating_point() else v for k, v in checkpoint["model"].items()}
@@ -214,16 +224,6 @@ def as_published(checkpoint: dict[str, Any], task: Task, split: Split, run: Run,
 # Phantom --------------------------------------------------------------------------------------------------------------
 
 
-class Phantoms:
-    """What a train task asks a datastore for."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def datalist(self) -> list[Case]:
-        return read_datalist(self.folder)
-
-
 @app.command("phantom")
 def phantom_command(
     work: Annotated[Path, typer.Option(help="folder for what is generated")] = Path("quickstart-model"),
@@ -257,7 +257,10 @@ def train_on_phantoms(task: Task, work: Path, cases: int, epochs: int) -> Versio
     trainer = BiPVLTrain(task, work / "model")
     # One patch a step: with so few steps their number counts for more than their patches.
     options: dict[str, Any] = {"max_epochs": epochs, "val_split": VALIDATION / cases, "patches_per_case": 1}
-    trainer({"model": task.name, **options, "pretrained": False, "tracking": "None"}, Phantoms(work / "training"))
+    trainer(
+        {"model": task.name, **options, "pretrained": False, "tracking": "None"},
+        Labelled(read_datalist(work / "training")),
+    )
     return trainer.versions
 
 

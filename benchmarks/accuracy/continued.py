@@ -24,7 +24,7 @@ from rich.table import Table
 from benchmarks import records
 from benchmarks.accuracy.data import SPLITS, find_cases, split_cases
 from benchmarks.common import machine
-from benchmarks.shipped_model import HIPPOCAMPUS, cases_of, person, score
+from benchmarks.shipped_model import HIPPOCAMPUS, Labelled, cases_of, person, score
 from lib.infers import BiPVLInfer
 from lib.model.shipped import start_from_shipped
 from lib.model.versions import Versions
@@ -35,16 +35,6 @@ from lib.volumes import metrics
 
 RESULTS = records.RESULTS / "continued.jsonl"
 KINDS = ("known", "new")
-
-
-class Labelled:
-    """What a train task asks a datastore for."""
-
-    def __init__(self, cases: list[Case]) -> None:
-        self.cases = cases
-
-    def datalist(self) -> list[Case]:
-        return self.cases
 
 
 def mean_dice(engine: BiPVLInfer, cases: list[Case]) -> dict[str, float]:

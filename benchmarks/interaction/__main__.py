@@ -20,18 +20,18 @@ import typer
 
 from benchmarks import records
 from benchmarks.accuracy.__main__ import commit
-from benchmarks.accuracy.data import SHARES, SPLITS, Preprocessed, find_cases, split_cases
+from benchmarks.accuracy.data import SHARES, SPLITS, Preprocessed, Split, find_cases, split_cases
 from benchmarks.interaction import doubts
 from benchmarks.interaction.cases import prepare
 from benchmarks.interaction.users import USERS, work
 from lib.files import write_atomic
 from lib.interaction.answer import Settings
 from lib.interaction.evidence import Reach
-from lib.interaction.prompts import Prompts
-from lib.interaction.respond import respond
 from lib.model import checkpoints
-from lib.model.nets.refiner import Refiner
-from lib.trainers.refiner.cases import Segmented, with_errors_of
+from lib.model.nets import BiPVLSeg
+from lib.model.refining import fresh
+from lib.tasks import Task
+from lib.trainers.refiner.cases import with_errors_of
 from lib.trainers.refiner.clicks import answered
 from lib.trainers.refiner.training import train_refiner
 
@@ -50,25 +50,15 @@ METHODS: dict[str, Settings] = {
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
-def answering(settings: Settings) -> Any:
-    """A way to answer without training, as `benchmarks.interaction.users.work` takes it."""
-
-    def answer(case: Segmented, label: str, value: int, labels: np.ndarray, prompts: Prompts) -> np.ndarray:
-        features = case.features_in if settings.pull else None
-        margin = case.margins[label]
-        given = (labels, value, case.image, case.spacing, prompts, settings)
-        return respond(*given, lambda box: margin.on(case.meta, box), features)[0]
-
-    return answer
+def opened(checkpoint: Path, data: Path) -> tuple[BiPVLSeg, Task, Split]:
+    """The network of a checkpoint with its task, and the task's split of the data."""
+    model, task = checkpoints.restore_model(checkpoints.load(checkpoint), checkpoint)
+    return model, task, split_cases(find_cases(data), shares=SPLITS.get(task.name, SHARES))
 
 
-def refining(refiner: Refiner) -> Any:
-    """The way to answer with a trained refiner."""
-
-    def answer(case: Segmented, label: str, value: int, labels: np.ndarray, prompts: Prompts) -> np.ndarray:
-        return answered(replace(case, labels=labels), label, prompts, refiner)
-
-    return answer
+def side(split: Split, on: str) -> list[dict[str, str]]:
+    """The cases of `test` or `validation`."""
+    return {"test": split.test, "validation": split.validation}[on]
 
 
 def summary(works: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -109,19 +99,18 @@ def run_command(
     work_folder: Annotated[Path, typer.Option("--work")] = WORK,
 ) -> None:
     """Let robot users correct every class of every case."""
-    model, task = checkpoints.restore_model(checkpoints.load(checkpoint), checkpoint)
-    split = split_cases(find_cases(data), shares=SPLITS.get(task.name, SHARES))
-    chosen = {"test": split.test, "validation": split.validation}[on]
+    model, task, split = opened(checkpoint, data)
+    chosen = side(split, on)
     patients = list(dict.fromkeys(case["patient"] for case in chosen))[: cases or None]
     firsts = {case["patient"]: case for case in reversed(chosen) if case["patient"] in patients}
     listed = [firsts[patient] for patient in patients]
     prepared = list(prepare(model, task, listed, Preprocessed(task, listed, work_folder / "volumes", field)))
-    trained = Refiner(model.vision.feature_width, model.project_text.out_features)
-    if refiner:
+    trained = fresh(model, 0).eval() if refiner else None
+    if refiner and trained:
         trained.load_state_dict(torch.load(refiner, weights_only=True))
     for name in [f"refiner {refiner.stem}"] if refiner else method or METHODS:
+        answer = partial(answered, refiner=trained, settings=None if refiner else METHODS[name])
         for who in user or USERS:
-            answer = refining(trained.eval()) if refiner else answering(METHODS[name])
             works = [
                 work(case, label, value, who, answer, interactions)
                 for case in prepared
@@ -144,9 +133,8 @@ def doubts_command(
     work_folder: Annotated[Path, typer.Option("--work")] = WORK,
 ) -> None:
     """Ask whether the places where the model doubts hold its errors."""
-    model, task = checkpoints.restore_model(checkpoints.load(checkpoint), checkpoint)
-    split = split_cases(find_cases(data), shares=SPLITS.get(task.name, SHARES))
-    chosen = {"test": split.test, "validation": split.validation}[on]
+    model, task, split = opened(checkpoint, data)
+    chosen = side(split, on)
     found = doubts.summary(
         doubts.examined(model, task, chosen, Preprocessed(task, chosen, work_folder / "volumes", None))
     )
@@ -174,8 +162,7 @@ def refine_command(
     With `--held-out`, half of the simulations of those patients begin with the network's own errors, which are real: it
     was not trained on them. With `--errors`, likewise with another network's on patients whom that one has not seen.
     """
-    model, task = checkpoints.restore_model(checkpoints.load(checkpoint), checkpoint)
-    split = split_cases(find_cases(data), shares=SPLITS.get(task.name, SHARES))
+    model, task, split = opened(checkpoint, data)
     listed = split.training[: cases or None]
     volumes = Preprocessed(task, listed, work_folder / "volumes", field)
     prepared = list(prepare(model, task, listed, volumes))
@@ -186,8 +173,7 @@ def refine_command(
     unseen = split.test[:held_out]
     own = prepare(model, task, unseen, Preprocessed(task, unseen, work_folder / "volumes", field))
     prepared += [replace(case, errors=case.margins) for case in own]
-    torch.manual_seed(seed)
-    refiner = Refiner(model.vision.feature_width, model.project_text.out_features)
+    refiner = fresh(model, seed)
     reach = Settings().reach
     assert reach is not None
     begin = time.monotonic()

@@ -17,7 +17,7 @@ from lib.trainers.refiner.cases import Segmented
 from lib.trainers.refiner.clicks import dice
 
 USERS = ("precise", "sloppy", "scribbles")
-Answer = Callable[[Segmented, str, int, np.ndarray, Prompts], np.ndarray]  # case, label, value, map before, all prompts
+Answer = Callable[[Segmented, str, Prompts], np.ndarray]  # a case, its label, all prompts so far: the map
 
 
 def work(
@@ -43,7 +43,7 @@ def work(
         else:
             outside = np.concatenate([outside, found.points])
         begin = time.perf_counter()
-        labels = answer(case, label, value, start, Prompts(inside, outside))
+        labels = answer(case, label, Prompts(inside, outside))
         seconds.append(round(time.perf_counter() - begin, 4))
         dices.append(dice(labels == value, truth))
         strays += stray(start == value, labels == value, inside, outside)

@@ -17,26 +17,17 @@ import numpy as np
 import pytest
 
 from support import ROOT
-from support.clients.browser import ACCOUNT, ACCOUNT_OF_SERVER, Visit, chromium, needs_browser, visiting
+from support.clients.browser import ACCOUNT, Visit, chromium, needs_browser, visiting
 from support.clients.hand import Dialogs, Hand
-from support.clients.panel import Site, button, wait_for
-from support.dicom.archive import Archive, needs_orthanc
+from support.clients.panel import POINT, Site, button, serving, wait_for
+from support.dicom.archive import needs_orthanc
 from support.dicom.dicoms import series_of
 from support.helpers import read_nifti
-from support.server import Server
 
 CROPS = ROOT / "apps" / "bipvl" / "shipped" / "hippocampus-mr" / "images"
 PATIENTS = ("hippocampus_074", "hippocampus_098", "hippocampus_277")  # none of which the shipped model has seen
 TASK, PATIENT = "hippocampus-mr", PATIENTS[0]
 PAGE = (ROOT / "docs" / "using" / "first-case.md").read_text()
-# On the page, where the first viewport shows a place.
-POINT = """centre => {
-    const canvas = document.querySelector('canvas.cornerstone-canvas')
-    const viewports = cornerstone.getRenderingEngines().flatMap(engine => engine.getViewports())
-    const [x, y] = viewports.find(each => each.canvas === canvas).worldToCanvas(centre)
-    const { left, top } = canvas.getBoundingClientRect()
-    return [x + left, y + top]
-}"""
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +37,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         patient: series_of(read_nifti(CROPS / f"{patient}.nii.gz"), folder / patient, patient, SeriesDescription="T1")
         for patient in PATIENTS
     }
-    environment = {**ACCOUNT_OF_SERVER, "MONAI_LABEL_DICOMWEB_CACHE_PATH": str(folder / "cache")}
-    with Archive(folder / "orthanc") as archive:
-        archive.store(*(folder / patient for patient in PATIENTS))
-        with Server(archive.url, folder / "models", {"models": TASK}, **environment) as server:
-            yield Site(archive, server, series)
+    with serving(folder, PATIENTS, {"models": TASK}) as (archive, server):
+        yield Site(archive, server, series)
 
 
 @pytest.fixture()

@@ -16,7 +16,6 @@ from fastapi.testclient import TestClient
 from lib.app.web import ohif
 from lib.upstream import OHIF
 from support.clients.browser import (
-    ACCOUNT_OF_SERVER,
     ELSEWHERE,
     SMALL,
     Visit,
@@ -25,8 +24,8 @@ from support.clients.browser import (
     sync_api,
     visiting,
 )
-from support.dicom.archive import Archive, needs_orthanc
-from support.server import Server
+from support.clients.panel import serving
+from support.dicom.archive import needs_orthanc
 
 SLICES = 16
 
@@ -118,11 +117,8 @@ def address(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     (folder / "series").mkdir()
     for file in sorted((real_data / "dicom_ct" / "crlm-ct-1004").iterdir())[:SLICES]:
         shutil.copy(file, folder / "series")
-    environment = {**ACCOUNT_OF_SERVER, "MONAI_LABEL_DICOMWEB_CACHE_PATH": str(folder / "cache")}
-    with Archive(folder / "orthanc") as archive:
-        archive.store(folder / "series")
-        with Server(archive.url, folder / "models", SMALL, **environment) as server:
-            yield f"http://127.0.0.1:{server.port}"
+    with serving(folder, ["series"], SMALL) as (_, server):
+        yield f"http://127.0.0.1:{server.port}"
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from support.clients.browser import ACCOUNT_OF_SERVER, Visit, another_patient, chromium, needs_browser, visiting
+from support.clients.browser import Visit, another_patient, chromium, needs_browser, visiting
 from support.clients.hand import Dialogs, Hand
-from support.clients.panel import LABELS, Site, button, wait_for
-from support.dicom.archive import Archive, needs_orthanc
-from support.server import Server
+from support.clients.panel import LABELS, Site, button, serving, wait_for
+from support.dicom.archive import needs_orthanc
 
 PATIENT = "CASE-A"
 LIVER, AORTA = LABELS["liver"]["value"], LABELS["aorta"]["value"]
@@ -28,11 +27,8 @@ def site(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     folder = tmp_path_factory.mktemp("clicks")
     files = sorted((real_data / "dicom_ct" / "crlm-ct-1004").iterdir())
     series = {PATIENT: another_patient(files[12:28], folder / PATIENT, PATIENT)[1]}
-    environment = {**ACCOUNT_OF_SERVER, "MONAI_LABEL_DICOMWEB_CACHE_PATH": str(folder / "cache")}
-    with Archive(folder / "orthanc") as archive:
-        archive.store(folder / PATIENT)
-        with Server(archive.url, folder / "models", {"models": "quickstart"}, **environment) as server:
-            yield Site(archive, server, series)
+    with serving(folder, [PATIENT], {"models": "quickstart"}) as (archive, server):
+        yield Site(archive, server, series)
 
 
 @pytest.fixture()

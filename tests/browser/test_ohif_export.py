@@ -21,7 +21,6 @@ from lib.stores.cases import audit
 from lib.tasks import load_task
 from support.clients.browser import (
     ACCOUNT,
-    ACCOUNT_OF_SERVER,
     SMALL,
     Visit,
     another_patient,
@@ -29,6 +28,7 @@ from support.clients.browser import (
     needs_browser,
     visiting,
 )
+from support.clients.panel import serving
 from support.dicom.archive import Archive, needs_orthanc
 from support.dicom.stores import store_on
 from support.server import Server
@@ -76,11 +76,8 @@ def site(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     files = sorted((real_data / "dicom_ct" / "crlm-ct-1004").iterdir())[:SLICES]
     series = another_patient(files, folder / PATIENT, PATIENT)[1]
     headers = [pydicom.dcmread(file, stop_before_pixels=True) for file in (folder / PATIENT).iterdir()]
-    environment = {**ACCOUNT_OF_SERVER, "MONAI_LABEL_DICOMWEB_CACHE_PATH": str(folder / "cache"), "TZ": ZONE}
-    with Archive(folder / "orthanc") as archive:
-        archive.store(folder / PATIENT)
-        with Server(archive.url, folder / "models", SMALL, **environment) as server:
-            yield Site(archive, server, series, {ds.SOPInstanceUID: ds for ds in headers})
+    with serving(folder, [PATIENT], SMALL, TZ=ZONE) as (archive, server):
+        yield Site(archive, server, series, {ds.SOPInstanceUID: ds for ds in headers})
 
 
 def draw(visit: Visit) -> None:

@@ -12,7 +12,6 @@ import pydicom
 import pytest
 
 from support.clients.browser import (
-    ACCOUNT_OF_SERVER,
     SMALL,
     Visit,
     another_patient,
@@ -20,9 +19,8 @@ from support.clients.browser import (
     needs_browser,
     visiting,
 )
-from support.clients.panel import DRAWING, LABELS, Drawing, Site, assert_holds, button, drawing, wait_for
-from support.dicom.archive import Archive, needs_orthanc
-from support.server import Server
+from support.clients.panel import DRAWING, LABELS, Drawing, Site, assert_holds, button, drawing, serving, wait_for
+from support.dicom.archive import needs_orthanc
 
 PATIENTS = {"CASE-A": slice(0, 10), "CASE-B": slice(10, 20), "CASE-C": slice(20, 30)}
 
@@ -32,11 +30,8 @@ def site(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     folder = tmp_path_factory.mktemp("loop")
     files = sorted((real_data / "dicom_ct" / "crlm-ct-1004").iterdir())
     series = {p: another_patient(files[part], folder / p, p)[1] for p, part in PATIENTS.items()}
-    environment = {**ACCOUNT_OF_SERVER, "MONAI_LABEL_DICOMWEB_CACHE_PATH": str(folder / "cache")}
-    with Archive(folder / "orthanc") as archive:
-        archive.store(*(folder / p for p in PATIENTS))
-        with Server(archive.url, folder / "models", SMALL, **environment) as server:
-            yield Site(archive, server, series)
+    with serving(folder, PATIENTS, SMALL) as (archive, server):
+        yield Site(archive, server, series)
 
 
 @pytest.fixture()

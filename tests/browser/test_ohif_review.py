@@ -11,7 +11,6 @@ import pytest
 
 from support.clients.browser import (
     ACCOUNT,
-    ACCOUNT_OF_SERVER,
     Visit,
     another_patient,
     chromium,
@@ -19,9 +18,8 @@ from support.clients.browser import (
     visiting,
 )
 from support.clients.hand import Dialogs, Hand
-from support.clients.panel import LABELS, Site, button, wait_for
-from support.dicom.archive import Archive, needs_orthanc
-from support.server import Server
+from support.clients.panel import LABELS, POINT, Site, button, serving, wait_for
+from support.dicom.archive import needs_orthanc
 
 PATIENTS = {"CASE-A": slice(12, 28), "CASE-B": slice(28, 38)}
 # Of each viewport, how far a place lies before its slice (mm), and where on the view it is, from 0 to 1.
@@ -33,14 +31,6 @@ WHERE = """centre => [...document.querySelectorAll('canvas.cornerstone-canvas')]
     const depth = centre.reduce((sum, mm, axis) => sum + (mm - focalPoint[axis]) * viewPlaneNormal[axis], 0)
     return [depth, x / canvas.clientWidth, y / canvas.clientHeight]
 })"""
-# On the page, where the first viewport shows a place.
-POINT = """centre => {
-    const canvas = document.querySelector('canvas.cornerstone-canvas')
-    const viewports = cornerstone.getRenderingEngines().flatMap(engine => engine.getViewports())
-    const [x, y] = viewports.find(each => each.canvas === canvas).worldToCanvas(centre)
-    const { left, top } = canvas.getBoundingClientRect()
-    return [x + left, y + top]
-}"""
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +38,8 @@ def site(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     folder = tmp_path_factory.mktemp("review")
     files = sorted((real_data / "dicom_ct" / "crlm-ct-1004").iterdir())
     series = {p: another_patient(files[part], folder / p, p)[1] for p, part in PATIENTS.items()}
-    environment = {**ACCOUNT_OF_SERVER, "MONAI_LABEL_DICOMWEB_CACHE_PATH": str(folder / "cache")}
-    with Archive(folder / "orthanc") as archive:
-        archive.store(*(folder / p for p in PATIENTS))
-        with Server(archive.url, folder / "models", {"models": "quickstart"}, **environment) as server:
-            yield Site(archive, server, series)
+    with serving(folder, PATIENTS, {"models": "quickstart"}) as (archive, server):
+        yield Site(archive, server, series)
 
 
 @pytest.fixture()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +16,7 @@ import requests
 import yaml
 
 from support import ROOT
-from support.clients.browser import ACCOUNT, WAIT, Visit
+from support.clients.browser import ACCOUNT, ACCOUNT_OF_SERVER, WAIT, Visit
 from support.dicom.archive import Archive
 from support.server import Server
 
@@ -27,6 +30,14 @@ DRAWING = """id => {
     for (let i = 0; i < data.length; i += 32768) text += String.fromCharCode(...data.slice(i, i + 32768))
     const { dimensions, origin, direction, spacing } = volume
     return { dimensions, origin: [...origin], direction: [...direction], spacing, data: btoa(text) }
+}"""
+# On the page, where the first viewport shows a place.
+POINT = """centre => {
+    const canvas = document.querySelector('canvas.cornerstone-canvas')
+    const viewports = cornerstone.getRenderingEngines().flatMap(engine => engine.getViewports())
+    const [x, y] = viewports.find(each => each.canvas === canvas).worldToCanvas(centre)
+    const { left, top } = canvas.getBoundingClientRect()
+    return [x + left, y + top]
 }"""
 
 
@@ -49,6 +60,18 @@ class Site:
         found = requests.post(f"{self.archive.rest}/tools/find", json=query, timeout=60).json()
         files = [requests.get(f"{self.archive.rest}/instances/{i}/file", timeout=60).content for i in found]
         return sorted((pydicom.dcmread(io.BytesIO(f)) for f in files), key=lambda ds: ds.ContentDate + ds.ContentTime)
+
+
+@contextmanager
+def serving(
+    folder: Path, patients: Iterable[str], conf: dict[str, str], **environment: str
+) -> Iterator[tuple[Archive, Server]]:
+    """A real archive with the patients' series, which lie in folders of their names, and a server with an account."""
+    environment = {**ACCOUNT_OF_SERVER, "MONAI_LABEL_DICOMWEB_CACHE_PATH": str(folder / "cache"), **environment}
+    with Archive(folder / "orthanc") as archive:
+        archive.store(*(folder / patient for patient in patients))
+        with Server(archive.url, folder / "models", conf, **environment) as server:
+            yield archive, server
 
 
 @dataclass

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -287,13 +288,8 @@ class BiPVLApp(MONAILabelApp):
                 only = engine.options["label_subset"].read(request.get("label_subset"))
                 places.update(engine.note_doubts(image, loaded.version, task, found, meta, only))
 
-        try:
-            with self.turns.request():
-                file, params = engine({**request, "image": str(path)}, made=made, watch=watch)
-        except CheckpointError:
-            raise  # it says whose fault it is
-        except ValueError as error:
-            raise HTTPException(400, str(error)) from error
+        with _refusals(), self.turns.request():
+            file, params = engine({**request, "image": str(path)}, made=made, watch=watch)
         if clicks and work:
             params["mask_state"] = clicks.interaction.state(work)
         if image is not None:
@@ -310,27 +306,15 @@ class BiPVLApp(MONAILabelApp):
         if kept and kept["version"] == served:
             return kept
         path = Path(self.datastore().get_image_uri(image))
-        try:
-            with self.turns.request():
-                loaded, prediction, meta, _ = engine.predict(path, None, upstream.device_list()[0], watch)
-                return engine.note_doubts(image, loaded.version, loaded.task, prediction, meta)
-        except CheckpointError:
-            raise
-        except ValueError as error:
-            raise HTTPException(400, str(error)) from error
+        with _refusals(), self.turns.request():
+            loaded, prediction, meta, _ = engine.predict(path, None, upstream.device_list()[0], watch)
+            return engine.note_doubts(image, loaded.version, loaded.task, prediction, meta)
 
     def interact(self, request: dict[str, Any], work: Work, watch: Watch | None = None) -> dict[str, Any]:
         """Answer a person's clicks or scribbles. The caller removes the result's `file`."""
         task = self.interactions[str(request.get("model"))]
-        try:
-            with self.turns.request():
-                file, params = task.respond(request, work, watch)
-        except CheckpointError:
-            raise
-        except OutdatedError as error:
-            raise HTTPException(409, str(error)) from error
-        except ValueError as error:
-            raise HTTPException(400, str(error)) from error
+        with _refusals(), self.turns.request():
+            file, params = task.respond(request, work, watch)
         return {"label": str(file), "file": str(file), "tag": ORIGINAL, "params": params}
 
     def work(self, person: str, image: str) -> Work:
@@ -353,6 +337,19 @@ class BiPVLApp(MONAILabelApp):
                     task.interaction.submitted(self.work(person, image))
                 except ValueError as error:  # a label of another task
                     logger.info("%s: clicks do not go on from the submitted label: %s", image, error)
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What a request gets wrong, as HTTP says it. A checkpoint's error passes: it says whose fault it is."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except OutdatedError as error:
+        raise HTTPException(409, str(error)) from error
+    except ValueError as error:
+        raise HTTPException(400, str(error)) from error
 
 
 def _check_keys(conf: dict[str, str]) -> None:

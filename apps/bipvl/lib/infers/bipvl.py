@@ -129,7 +129,7 @@ class BiPVLInfer(InferInterface):
         loaded = self.models.get(version, name_to_device(device))
         data = apply(load(loaded.task, label=False), {"image": str(path)})
         if features is None:
-            features = loaded.refiner is not None and loaded.refiner.answers
+            features = loaded.features_wanted
         prediction = predict(loaded.model, data["image"], loaded.task, watch=watch, keep_features=features)
         return loaded, prediction, data["image"].meta, restore(prediction.probabilities, data["image"], loaded.task)
 
@@ -156,12 +156,10 @@ class BiPVLInfer(InferInterface):
         found = doubts(prediction.probabilities, task.overlapping, task.spacing) if version else []
         places = [place for place in described(found, task, meta) if only is None or place["label"] in only]
         try:
-            self.reviews.keep(image, version, places)
-            kept = self.reviews.get(image)
+            return self.reviews.keep(image, version, places)
         except OSError as error:  # the mask is worth more
             logger.warning("%s: the places where version %d doubts could not be kept: %s", image, version, error)
-            kept = None
-        return kept or {"version": version, "time": now(), "places": [{**place, "answers": []} for place in places]}
+            return {"version": version, "time": now(), "places": [{**place, "answers": []} for place in places]}
 
     def _other_text(self, loaded: Loaded) -> list[str]:
         """A warning if the next round will read sentences other than this version's."""

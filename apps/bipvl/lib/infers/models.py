@@ -12,7 +12,7 @@ from monai.utils import set_determinism
 from lib.model import checkpoints
 from lib.model.checkpoints import CheckpointError, DamagedCheckpoint
 from lib.model.nets import BiPVLSeg, build_model
-from lib.model.refining import Kept, restore_refiner
+from lib.model.refining import Kept, usable_refiner
 from lib.model.versions import Versions
 from lib.tasks import Task, task_from_dict
 
@@ -32,6 +32,11 @@ class Loaded:
     file: tuple[int, ...]
     warnings: list[str] = field(default_factory=list)
     refiner: Kept | None = None
+
+    @property
+    def features_wanted(self) -> bool:
+        """Whether clicks on its masks will need the decoder's features: its refiner answers them."""
+        return self.refiner is not None and self.refiner.answers
 
 
 class Models:
@@ -123,11 +128,7 @@ class Models:
             new = [c for c in task.classes if c not in known]
             if new:
                 warnings.append(f"version {version} never saw a label of {', '.join(new)}: found by description alone")
-            refiner = None
-            try:
-                refiner = restore_refiner(checkpoint, model, path)
-            except CheckpointError as error:  # the version draws its masks all the same
-                logger.error("%s; clicks are answered without it", error)
+            refiner = usable_refiner(checkpoint, model, path)
             self._models[key] = Loaded(version, model.to(device).eval(), task, file, warnings, refiner)
         return self._used(key)
 

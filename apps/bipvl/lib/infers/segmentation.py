@@ -58,7 +58,6 @@ class Segmentation(InferTask):
         return load(self.task, label=False)
 
     def run_inferer(self, data: dict[str, Any], convert_to_batch: bool = True, device: str = "cuda") -> dict[str, Any]:
-        refiner = self.loaded.refiner
         data["pred"] = predict(
             self.model,
             data["image"],
@@ -67,7 +66,7 @@ class Segmentation(InferTask):
             window_batch=GPU_WINDOWS if device.startswith("cuda") else 1,
             tta=self.options.tta,
             sentences=self.model.text.tokenize(self.task.text_rows()),
-            keep_features=self.made is not None and refiner is not None and refiner.answers,
+            keep_features=self.made is not None and self.loaded.features_wanted,
             watch=self.watch,
         )
         return data

@@ -15,7 +15,7 @@ from lib.infers.models import Loaded
 from lib.infers.work import Work
 from lib.interaction.answer import REACH
 from lib.interaction.boxes import Box
-from lib.interaction.margins import Features, Margin, features_near, margins
+from lib.interaction.margins import META, Features, Margin, features_near, margins
 from lib.interaction.memory import Change, Kept, Key, Memory, OutdatedError, Session
 from lib.interaction.prompts import Prompts
 from lib.interaction.respond import respond
@@ -24,11 +24,10 @@ from lib.model.refining import SETTINGS, Way, text_of_labels
 from lib.stores.uploads.checks import check_label_file
 from lib.stores.uploads.names import named_values, to_task_values, whole_numbers
 from lib.tasks import Task
+from lib.volumes.itk import LPS_TO_RAS
 from lib.volumes.reading import align_label, read_volume
 
 INSIDE, OUTSIDE = "foreground_scribbles", "background_scribbles"  # segments that 3D Slicer's panel paints on
-LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM's millimetres, and NIfTI's
-META = ("affine", "original_affine", "spatial_shape")
 
 
 class Interaction:
@@ -158,10 +157,11 @@ class Interaction:
     def submitted(self, work: Work) -> None:
         """Hear of a label that the person submitted: work goes on from it."""
         session = self.memory.get(self.key(work))
-        if session is not None:
-            with session.lock:
-                session.submitted()
-        if session is not None and work.label is not None and self._shows_the_same(session, work):
+        if session is None:
+            return
+        with session.lock:
+            session.submitted()
+        if work.label is not None and self._shows_the_same(session, work):
             with session.lock:
                 labels = self._submitted(work.label, work.path)
                 if not np.array_equal(labels, session.labels.full()):
@@ -203,7 +203,7 @@ class Interaction:
 
     def to_voxels(self, work: Work) -> np.ndarray:
         """(4, 4), from DICOM's millimetres (LPS+) to voxels of the image."""
-        return np.linalg.inv(LPS @ self.images.get(work.path)[1])
+        return np.linalg.inv(LPS_TO_RAS @ self.images.get(work.path)[1])
 
     def answer(
         self,

@@ -18,6 +18,9 @@ LIMIT = 10.0  # log odds; more than that says nothing more
 FAINT = -6.0  # log odds, 0.25%: what lies outside the box of a class is at or below this everywhere
 EDGE = 2  # voxels of the network kept around the box
 
+# What of a volume's `meta` says where its file and the network's grid lie.
+META = ("affine", "original_affine", "spatial_shape")
+
 
 @dataclass(frozen=True)
 class Margin:

@@ -6,6 +6,7 @@ for bit, as without it, and versions from before there were refiners stay valid.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,8 @@ from lib.model.checkpoints import CheckpointError, brief
 from lib.model.nets import BiPVLSeg
 from lib.model.nets.refiner import Refiner
 from lib.tasks import Task
+
+logger = logging.getLogger(__name__)
 
 KEY = "refiner"  # in a checkpoint
 
@@ -90,6 +93,16 @@ def restore_refiner(checkpoint: dict[str, Any], model: BiPVLSeg, path: Path | st
     if not all(torch.isfinite(tensor).all() for tensor in refiner.state_dict().values()):
         raise CheckpointError(f"{path}: the weights of the refiner hold NaN or infinity")
     return Kept(refiner.eval(), answers)
+
+
+def usable_refiner(checkpoint: dict[str, Any], model: BiPVLSeg, path: Path) -> Kept | None:
+    """The refiner of a version; None if it has none, or one that does not fit, which the log says. The version draws
+    its masks all the same."""
+    try:
+        return restore_refiner(checkpoint, model, path)
+    except CheckpointError as error:
+        logger.error("%s; clicks are answered without it", error)
+        return None
 
 
 def refining(refiner: Refiner, text: Tensor, spacing: Sequence[float]) -> Refine:

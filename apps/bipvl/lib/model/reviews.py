@@ -47,24 +47,23 @@ class Reviews:
     def __init__(self, model_dir: Path) -> None:
         self.folder = model_dir / FOLDER
 
-    def keep(self, image: str, version: int, places: Sequence[dict[str, Any]]) -> None:
-        """Take over the places of a new mask of a case; answers stay.
+    def keep(self, image: str, version: int, places: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Take over the places of a new mask of a case; answers stay. Returns what `get` does.
 
         Args:
             places: as `lib.infers.explain.doubts.described`.
         """
         with self._changing():
             held = self._read(image) or {"answers": []}
-            self._write(image, {**held, "image": image, "version": version, "time": now(), "places": list(places)})
+            held |= {"image": image, "version": version, "time": now(), "places": list(places)}
+            write_json(self._path(image), held)
+        return _listed(held)
 
     def get(self, image: str) -> dict[str, Any] | None:
         """`version`, `time` and `places` of a case, each place with its `answers`, oldest first: `answer`, `who`,
         `when`, `version`. None if no list is kept."""
         held = self._read(image)
-        if held is None:
-            return None
-        places = [{**place, "answers": _answers(place, held)} for place in held["places"]]
-        return {"version": held["version"], "time": held["time"], "places": places}
+        return None if held is None else _listed(held)
 
     def answer(self, image: str, version: Any, place: Any, answer: Any, who: str) -> dict[str, Any]:
         """Keep a person's answer about a place, in place of their earlier one. Returns what `get` does.
@@ -96,11 +95,9 @@ class Reviews:
             entry["place"] = {key: known[place][key] for key in KEPT}
             same = lambda other: _of(other) == _of(entry)  # noqa: E731
             held["answers"] = [*(other for other in held["answers"] if not same(other)), entry]
-            self._write(image, held)
+            write_json(self._path(image), held)
         logger.info("%s: %r answered %r at %s of version %s", image, who, answer, place, entry["version"])
-        found = self.get(image)
-        assert found is not None
-        return found
+        return _listed(held)
 
     def forget(self, image: str) -> None:
         """Remove what is kept of a case, because the case is removed."""
@@ -151,8 +148,11 @@ class Reviews:
         path.replace(path.with_suffix(".damaged"))
         return None
 
-    def _write(self, image: str, held: dict[str, Any]) -> None:
-        write_json(self._path(image), held)
+
+def _listed(held: dict[str, Any]) -> dict[str, Any]:
+    """What a file holds, as `Reviews.get`."""
+    places = [{**place, "answers": _answers(place, held)} for place in held["places"]]
+    return {"version": held["version"], "time": held["time"], "places": places}
 
 
 def _of(entry: dict[str, Any]) -> tuple[Any, ...]:

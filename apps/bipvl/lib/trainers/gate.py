@@ -31,6 +31,11 @@ class Row:
             return None
         return self.candidate - self.served
 
+    def to_dict(self) -> dict[str, float | None]:
+        """The figures without the name."""
+        figures = {"served": self.served, "candidate": self.candidate, "difference": self.difference}
+        return {name: _rounded(value) for name, value in figures.items()}
+
 
 @dataclass(frozen=True)
 class Clicks:
@@ -111,25 +116,9 @@ class Decision:
             "judged": self.judged,
             "reason": self.reason,
             "cases": list(self.cases),
-            "table": [
-                {
-                    "class": row.name,
-                    "served": _rounded(row.served),
-                    "candidate": _rounded(row.candidate),
-                    "difference": _rounded(row.difference),
-                }
-                for row in self.rows
-            ],
+            "table": [{"class": row.name, **row.to_dict()} for row in self.rows],
             "clicked": list(self.clicked),
-            "clicks": [
-                {
-                    "clicks": int(row.name),
-                    "served": _rounded(row.served),
-                    "candidate": _rounded(row.candidate),
-                    "difference": _rounded(row.difference),
-                }
-                for row in self.clicks
-            ],
+            "clicks": [{"clicks": int(row.name), **row.to_dict()} for row in self.clicks],
         }
 
 

@@ -7,7 +7,7 @@ import importlib.metadata
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from lib.files import now
 from lib.model import checkpoints
 from lib.model.checkpoints import CheckpointError, restore_model
 from lib.model.nets import BiPVLSeg
-from lib.model.refining import KEY, WAYS, Kept, Way, restore_refiner, to_entry
+from lib.model.refining import KEY, WAYS, Kept, Way, restore_refiner, to_entry, usable_refiner
 from lib.model.reports.page import Examined, round_report, write_report
 from lib.model.reviews import Reviews
 from lib.model.versions import Versions
@@ -28,7 +28,7 @@ from lib.trainers.gate import Clicks, Decision, decide
 from lib.trainers.gate import Curves as AnyCurves
 from lib.trainers.objective import unwrapped
 from lib.trainers.refiner.clicks import CLICKS, Curves, Robot
-from lib.trainers.refiner.stage import Network, train_stage
+from lib.trainers.refiner.stage import Network, Told, train_stage
 from lib.trainers.rounds import Round
 from lib.trainers.tracking import Tracker
 from lib.upstream import Context, TrainTask
@@ -37,8 +37,6 @@ logger = logging.getLogger(__name__)
 
 WITHOUT_VALIDATION = 2  # training cases in the report of a round that has no others
 PACKAGES = ("torch", "monai", "monailabel", "transformers")
-
-Told = Callable[[str, int, int], None]  # what is done, how much of it, of how much; may raise to stop
 
 
 def judge(
@@ -193,15 +191,6 @@ def add_refiner(
     refiner, said = train_stage(network, this.training, steps, seed, start, before, this.seen, told)
     checkpoint[KEY] = to_entry(refiner)
     checkpoint["manifest"]["refiner"] = said
-
-
-def usable_refiner(checkpoint: dict[str, Any], model: BiPVLSeg, path: Path) -> Kept | None:
-    """The refiner of an earlier version; None if it has none, or one that does not fit, which the log says."""
-    try:
-        return restore_refiner(checkpoint, model, path)
-    except CheckpointError as error:
-        logger.error("%s; clicks are answered without it", error)
-        return None
 
 
 def _earlier_folds(

@@ -75,6 +75,11 @@ class Round:
     fold: Fold | None = None
     saved: dict[str, Any] | None = None
 
+    @property
+    def start(self) -> int | None:
+        """The version that the training of now starts from, None for fresh weights."""
+        return self.fold.start if self.fold else self.parent
+
 
 @contextlib.contextmanager
 def only_round(model_dir: Path, task: str) -> Iterator[None]:

@@ -176,7 +176,7 @@ class RoundTask(TrainTask):
             network.load_state_dict(state["network"])
             logger.info("Resuming after epoch %d", state["epoch"])
             return network
-        start = this.fold.start if this.fold else this.parent
+        start = this.start
         if start is None:
             return TrainingNetwork(build_model(self.task), self.task)
         checkpoint = self.versions.read(start)
@@ -192,7 +192,7 @@ class RoundTask(TrainTask):
     def optimizer(self, context: Context) -> torch.optim.Optimizer:
         rate, decay = float(context.request["learning_rate"]), self.task.training.weight_decay
         groups = unwrapped(context.network).parameter_groups(rate)
-        if (self.this.fold.start if self.this.fold else self.this.parent) is not None:
+        if self.this.start is not None:
             share = float(context.request["continued_rate"])
             groups = [{**group, "lr": share * group.get("lr", rate)} for group in groups]
         return torch.optim.AdamW(groups, lr=rate, weight_decay=decay)

@@ -25,6 +25,7 @@ from torch import Tensor
 from lib.interaction import boxes
 from lib.interaction.boxes import Box
 from lib.tasks import Task
+from lib.volumes.itk import LPS_TO_RAS
 
 LEAST = 0.7  # bits; probabilities of about 0.19 to 0.81
 REACH = 8.0  # mm from the middle of a place to its end
@@ -36,7 +37,6 @@ TRIES = 200  # places that are looked at, those that are too small counted
 PART = 32  # slices that are looked at at once
 CHANCE = 1e-3  # of depth in mm against the Gaussian mean: it only decides between voxels that are alike
 NEIGHBOURS = np.ones((3, 3, 3), bool)
-LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM's millimetres, and NIfTI's
 
 
 class Place(NamedTuple):
@@ -175,7 +175,7 @@ def described(places: Sequence[Place], task: Task, meta: Mapping[str, Any]) -> l
     affine, original = (np.asarray(meta[key], float) for key in ("affine", "original_affine"))
     shape = np.array([int(n) for n in meta["spatial_shape"][:3]])
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    to_file, to_lps = np.linalg.inv(original) @ affine, LPS @ original
+    to_file, to_lps = np.linalg.inv(original) @ affine, LPS_TO_RAS @ original
     found: dict[str, dict[str, Any]] = {}
     for place in places:
         name = task.classes[place.row]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lib.interaction import boxes
 from lib.interaction.boxes import Box
-from lib.interaction.margins import Margin, margins
+from lib.interaction.margins import META, Margin, margins
 from lib.interaction.prompts import Prompts
 from lib.model.nets import BiPVLSeg
 from lib.model.predict import Prediction, predict
@@ -22,8 +22,6 @@ from lib.stores.uploads.names import to_task_values, whole_numbers
 from lib.tasks import Task
 from lib.volumes.reading import align_label, read_volume
 from lib.volumes.transforms import restore, restore_box
-
-META = ("affine", "original_affine", "spatial_shape")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from monai.data import MetaTensor
 
+from lib.interaction.answer import Settings
 from lib.interaction.prompts import Prompts
 from lib.interaction.respond import respond
 from lib.interaction.robot import click
@@ -125,18 +126,26 @@ def curve(case: Segmented, label: str, refiner: Refiner | None) -> list[float]:
     return [found[min(clicks, len(found) - 1)] for clicks in CLICKS]
 
 
-def answered(case: Segmented, label: str, prompts: Prompts, refiner: Refiner | None) -> np.ndarray:
-    """The map (H, W, D) as the app answers prompts on one label of a case's first mask."""
+def answered(
+    case: Segmented, label: str, prompts: Prompts, refiner: Refiner | None, settings: Settings | None = None
+) -> np.ndarray:
+    """The map (H, W, D) as the app answers prompts on one label of a case's first mask.
+
+    Args:
+        refiner: that answers; None: evidence and cut do.
+        settings: None for the app's own.
+    """
     margin = case.margins[label]
+    settings = settings or SETTINGS["evidence" if refiner is None else "refiner"]
     return respond(
         case.labels,
         case.values[label],
         case.image,
         case.spacing,
         prompts,
-        SETTINGS["evidence" if refiner is None else "refiner"],
+        settings,
         lambda box: margin.on(case.meta, box),
-        case.features_in if refiner is not None else None,
+        case.features_in if refiner is not None or settings.pull else None,
         refine=None if refiner is None else refining(refiner, case.text[label], case.spacing),
     )[0]
 

@@ -17,9 +17,11 @@ class VisionBackbone(nn.Module, ABC):
     Attributes:
         widths: channels of the map after each of the four stages.
         strides: voxels of the patch per voxel of that map, on the axis that is divided most.
+        checkpointing: recompute in the backward pass what `run` computes, to save memory.
         decoder_widths: channels of the decoder's features at 1/8, 1/4, 1/2 and full resolution.
     """
 
+    checkpointing = False
     widths: tuple[int, int, int, int]
     strides: tuple[int, int, int, int]
     decoder_widths: tuple[int, int, int, int]
@@ -42,6 +44,12 @@ class VisionBackbone(nn.Module, ABC):
         """Image, stem features and the four stage maps to the decoder's features at 1/8, 1/4, 1/2 and full resolution,
         (B, decoder_widths[i], H/s, W/s, D/s)."""
 
+    def run(self, block: nn.Module, x: Tensor) -> Tensor:
+        """A block's output; in training by recomputation, if `checkpointing` says so."""
+        if self.checkpointing and self.training:
+            return torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+        return block(x)
+
     def forward(self, image: Tensor) -> Tensor:
         """The plain network without text: decoder features (B, feature_width, H, W, D)."""
         return self.decoded(image)[-1]
@@ -54,7 +62,3 @@ class VisionBackbone(nn.Module, ABC):
             x = self.stage(n, x)
             maps.append(x)
         return self.decode(image, early, maps)
-
-
-def checkpointed(module: nn.Module, x: Tensor) -> Tensor:
-    return torch.utils.checkpoint.checkpoint(module, x, use_reentrant=False)

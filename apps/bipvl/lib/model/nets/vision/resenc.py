@@ -14,7 +14,7 @@ import torch
 from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 from torch import Tensor, nn
 
-from lib.model.nets.vision.protocol import VisionBackbone, checkpointed
+from lib.model.nets.vision.protocol import VisionBackbone
 
 BLOCKS = (1, 3, 4, 6, 6, 6)
 LEVELS = len(BLOCKS)
@@ -98,12 +98,12 @@ class ResEncBackbone(VisionBackbone):
 
     def stem(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
         encoder = self.net.encoder
-        full = self._run(encoder.stages[0], encoder.stem(image))
-        half = self._run(encoder.stages[1], full)
+        full = self.run(encoder.stages[0], encoder.stem(image))
+        half = self.run(encoder.stages[1], full)
         return half, [full, half]
 
     def stage(self, n: int, x: Tensor) -> Tensor:
-        return self._run(self.net.encoder.stages[n + 2], x)
+        return self.run(self.net.encoder.stages[n + 2], x)
 
     def decode(self, image: Tensor, early: Sequence[Tensor], maps: Sequence[Tensor]) -> list[Tensor]:
         decoder, decoded = self.net.decoder, [maps[-1]]
@@ -111,9 +111,6 @@ class ResEncBackbone(VisionBackbone):
         for up, level, skip in zip(decoder.transpconvs, decoder.stages, reversed(skips), strict=True):
             decoded.append(level(torch.cat((up(decoded[-1]), skip), 1)))
         return decoded[-4:]
-
-    def _run(self, level: nn.Module, x: Tensor) -> Tensor:
-        return checkpointed(level, x) if self.checkpointing and self.training else level(x)
 
 
 def _kernel(lengths: Sequence[float], above: Sequence[int]) -> tuple[int, ...]:

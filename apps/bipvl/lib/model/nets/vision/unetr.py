@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from monai.networks.nets import UNETR
 from torch import Tensor, nn
 
-from lib.model.nets.vision.protocol import STAGES, VisionBackbone, checkpointed
+from lib.model.nets.vision.protocol import STAGES, VisionBackbone
 
 
 class UNETRBackbone(VisionBackbone):
@@ -37,7 +37,7 @@ class UNETRBackbone(VisionBackbone):
     def stage(self, n: int, x: Tensor) -> Tensor:
         x = x.flatten(2).transpose(1, 2)  # (B, tokens, width)
         for block in self.net.vit.blocks[self.ends[n - 1] if n else 0 : self.ends[n]]:
-            x = checkpointed(block, x) if self.checkpointing and self.training else block(x)
+            x = self.run(block, x)
         return self._to_map(self.net.vit.norm(x) if n == STAGES - 1 else x)
 
     def decode(self, image: Tensor, early: Sequence[Tensor], maps: Sequence[Tensor]) -> list[Tensor]:

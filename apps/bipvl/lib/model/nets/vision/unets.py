@@ -11,7 +11,7 @@ from monai.networks.layers import SkipConnection
 from monai.networks.nets import BasicUNetPlusPlus, MedNeXt, UNet
 from torch import Tensor, nn
 
-from lib.model.nets.vision.protocol import STAGES, VisionBackbone, checkpointed
+from lib.model.nets.vision.protocol import STAGES, VisionBackbone
 
 
 class UNetBackbone(VisionBackbone):
@@ -40,7 +40,7 @@ class UNetBackbone(VisionBackbone):
 
     def stage(self, n: int, x: Tensor) -> Tensor:
         down = self._levels()[0][n + 1]
-        return checkpointed(down, x) if self.checkpointing and self.training else down(x)
+        return self.run(down, x)
 
     def decode(self, image: Tensor, early: Sequence[Tensor], maps: Sequence[Tensor]) -> list[Tensor]:
         skips, decoded = (*early, *maps[:-1]), [maps[-1]]
@@ -69,7 +69,7 @@ class UNetPlusPlusBackbone(VisionBackbone):
 
     def stage(self, n: int, x: Tensor) -> Tensor:
         down = getattr(self.net, f"conv_{n + 1}_0")
-        return checkpointed(down, x) if self.checkpointing and self.training else down(x)
+        return self.run(down, x)
 
     def decode(self, image: Tensor, early: Sequence[Tensor], maps: Sequence[Tensor]) -> list[Tensor]:
         nodes = {(level, 0): x for level, x in enumerate((*early, *maps))}
@@ -94,19 +94,16 @@ class MedNeXtBackbone(VisionBackbone):
         self.checkpointing = checkpointing
 
     def stem(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
-        x = self._run(self.net.enc_stages[0], self.net.stem(image))
+        x = self.run(self.net.enc_stages[0], self.net.stem(image))
         return x, [x]
 
     def stage(self, n: int, x: Tensor) -> Tensor:
         net = self.net
         level = net.bottleneck if n == STAGES - 1 else net.enc_stages[n + 1]
-        return self._run(level, self._run(net.down_blocks[n], x))
+        return self.run(level, self.run(net.down_blocks[n], x))
 
     def decode(self, image: Tensor, early: Sequence[Tensor], maps: Sequence[Tensor]) -> list[Tensor]:
         decoded, skips = [maps[-1]], (*early, *maps[:-1])
         for up, level, skip in zip(self.net.up_blocks, self.net.dec_stages, reversed(skips), strict=True):
-            decoded.append(self._run(level, up(decoded[-1]) + skip))
+            decoded.append(self.run(level, up(decoded[-1]) + skip))
         return decoded[1:]
-
-    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
-        return checkpointed(block, x) if self.checkpointing and self.training else block(x)
