@@ -14,12 +14,13 @@ SHIPPED = list_tasks()
 NOT_IN_DICOM: dict[str, str] = {}
 
 
-def changed(task: Task, name: str, ambiguous: tuple[str, ...] | None = None, **sentences: str | None) -> Task:
-    """The task with other sentences for a class, unchecked; `class_` writes the attribute `class`, None removes one."""
-    text = task.concepts.classes[name]
+def changed(task: Task, name: str, ambiguous: tuple[str, ...] | None = None, **sentences: Any) -> Task:
+    """The task with other sentences for a class, unchecked; `class_` writes the attribute `class`, None removes one.
+    `variants` are the further wordings of its attributes."""
+    text, variants = task.concepts.classes[name], sentences.pop("variants", {})
     new = {**text.sentences, **{attribute.rstrip("_"): sentence for attribute, sentence in sentences.items()}}
     kept = {attribute: sentence for attribute, sentence in new.items() if sentence is not None}
-    other = ClassText(sentences=kept, ambiguous=text.ambiguous if ambiguous is None else ambiguous)
+    other = ClassText(sentences=kept, variants=variants, ambiguous=text.ambiguous if ambiguous is None else ambiguous)
     classes = {**task.concepts.classes, name: other}
     return with_concepts(task, classes=classes)
 
@@ -313,6 +314,12 @@ def test_the_review_status_is_present_and_signed(task, review):
     assert [p[:2] for p in found(with_concepts(task, review=unchecked))] == [("", "review")]
 
 
+def test_only_a_draft_is_one_in_part():
+    assert Review(status="draft", part="wordings").part == "wordings"
+    with pytest.raises(ValueError, match="what of a draft a language model wrote; the status is 'unreviewed'"):
+        Review(status="unreviewed", part="wordings")
+
+
 def test_a_signed_review_is_fine(task):
     assert found(with_concepts(task, review=Review(status="reviewed", by="N. N.", date="2026-01-31"))) == []
 
@@ -328,6 +335,46 @@ def test_no_ambiguous_sentences_at_all_is_fine(task):
     assert found(with_concepts(task, classes=none)) == []
 
 
+FINE = "Broad and wedge-like, narrowing to the left."
+BAD_WORDINGS = {
+    "markup": ("shape", "A <b>wedge</b>.", "sentences are plain text; found '<'"),
+    "length": ("shape", "a" * 401, "401 characters; a sentence has at most 400"),
+    "tokens": ("shape", "0." * 190, "382 tokens; the limit is 300"),
+    "function": ("texture", "Gray, and it pumps.", "functional word 'pumps'; describe what is visible"),
+    "diagnosis": ("class", "An abnormal spleen.", "diagnostic word 'abnormal'; describe what is visible"),
+    "its own sentence": ("shape", "{own}", "the same as the sentence itself"),
+    "another wording": ("shape", "broad and wedge-like  NARROWING to the left", "the same as wording 1"),
+    "another's sentence": ("shape", "{other}", "the same sentence as class 'aorta'"),
+    "another's wording": ("shape", "Long tube before the spine.", "the same sentence as class 'liver'"),
+    "side in the class": ("class", "Kidney on CT.", "the side 'left' is missing"),
+    "side in the location": ("location", "Right of the spine.", "the side 'left' is missing"),
+}
+
+
+@pytest.mark.parametrize("rule", BAD_WORDINGS)
+def test_each_rule_holds_for_wordings_too(task, rule):
+    attribute, wording, message = BAD_WORDINGS[rule]
+    name = "left kidney" if rule.startswith("side") else "spleen"
+    sentences = {n: text.sentences[attribute] for n, text in task.concepts.classes.items()}
+    wording = wording.format(own=sentences[name], other=sentences["aorta"])
+    liver = changed(task, "liver", variants={attribute: ("Long tube before the spine!", "Another one.")})
+    assert found(changed(liver, name, variants={attribute: (FINE, "Wedge, broad, left.")}), max_tokens=300) == []
+    problems = check(changed(liver, name, variants={attribute: (FINE, wording)}), max_tokens=300)
+    assert [(p.class_name, p.attribute, p.message) for p in problems] == [(name, f"{attribute} wording 2", message)]
+    assert problems[0].fatal is (rule in ("markup", "length", "tokens"))
+
+
+def test_wordings_of_the_class_name_it_as_they_like_and_an_attribute_has_none_or_two(task):
+    assert found(changed(task, "liver", variants={"class": ("Hepar.", "The big organ under the right ribs.")})) == []
+    for variants, reason in (
+        ({"shape": ("A wedge.",)}, "at least 2 are needed, because the last is kept aside"),
+        ({"shape": ("A wedge.", " ")}, "shape: wording 2 is empty"),
+        ({"size": ("Large.", "Big.")}, "unknown attribute 'size'; valid are class"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            changed(task, "liver", variants=variants)
+
+
 def test_a_problem_reads_as_class_attribute_message_and_sentence(task):
     (problem,) = check(changed(task, "liver", texture="A normal gray interior."))
     assert str(problem).startswith("liver.texture: diagnostic word 'normal'")
@@ -338,4 +385,9 @@ def test_the_hash_follows_the_sentences_and_not_the_review(task):
     signed = task.concepts.model_copy(update={"review": Review(status="reviewed", by="N. N.", date="2026-01-31")})
     assert signed.hash == task.concepts.hash
     assert changed(task, "liver", shape="A wide gray wedge.").concepts.hash != task.concepts.hash
+    worded = [changed(task, "liver", variants={"shape": ("Wide wedge.", last)}) for last in ("Gray.", "Dark.")]
+    assert {t.concepts.hash for t in worded} == {task.concepts.hash}, "what is asked is the same"
+    assert len({t.concepts.wordings_hash for t in worded}) == 2
+    bare = {name: ClassText(sentences=text.sentences) for name, text in task.concepts.classes.items()}
+    assert with_concepts(task, classes=bare).concepts.wordings_hash == ""
     assert isinstance(signed, Concepts)

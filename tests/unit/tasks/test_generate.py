@@ -7,11 +7,24 @@ import yaml
 from typer.testing import CliRunner
 
 from lib.app.cli import commands as cli
-from lib.tasks import load_concepts, load_task
+from lib.tasks import ATTRIBUTES, load_concepts, load_task
 from lib.tasks.check import check
 from lib.tasks.generate import WRITTEN, class_sentence
 from support import ROOT
-from support.endpoint import KEY, MODEL, TASK, completion, drafted, error, generate, good, sentences
+from support.endpoint import (
+    KEY,
+    MODEL,
+    TASK,
+    about_wordings,
+    completion,
+    drafted,
+    error,
+    generate,
+    given,
+    good,
+    sentences,
+    wordings,
+)
 
 pytest_plugins = ("support.endpoint",)
 
@@ -247,3 +260,138 @@ def test_a_draft_is_completed_and_repaired_and_one_class_drafted_anew(endpoint, 
     assert endpoint.asked() == ["liver"]
     result = generate(endpoint, out, "--class", "heart")
     assert result.exit_code == 1 and "unknown class 'heart'; valid are liver" in str(result.exception)
+
+
+def test_a_class_drafted_anew_may_not_say_what_a_later_one_says(endpoint, out):
+    generate(endpoint, out)
+    endpoint.requests.clear()
+    endpoint.script = [lambda n: (200, completion(json.dumps(sentences(n, shape=sentences("spleen")["shape"])))), good]
+    assert generate(endpoint, out, "--class", "liver").exit_code == 0
+    assert endpoint.asked() == ["liver"] * 2 and check(drafted(out)) == []
+    assert "spleen.shape: the same sentence as class 'liver'" in endpoint.requests[1]["messages"][-1]["content"]
+
+
+# Wordings -------------------------------------------------------------------------------------------------------------
+
+
+def test_wordings_are_drafted_after_the_sentences_of_each_class(endpoint, out):
+    assert generate(endpoint, out, "--variants", 3).exit_code == 0
+    assert endpoint.asked() == [name for name in TASK.classes for _ in range(2)]
+    system, user = (m["content"] for m in endpoint.requests[7]["messages"])  # of the right kidney
+    assert "no new fact" in system and "No wording may fit another class" in system and "terse" in system
+    assert "'right', in every wording of class and location" in user and "each in 3 ways" in user
+    assert given(endpoint.requests[7]) == drafted(out).concepts.classes["right kidney"].sentences
+    text = load_concepts(out)
+    assert (text.review.status, text.review.part) == ("draft", None)
+    for name in TASK.classes:
+        assert text.classes[name].sentences["shape"] == sentences(name)["shape"]
+        assert text.classes[name].variants == {a: tuple(ways) for a, ways in wordings(name, 3).items()}
+    assert check(drafted(out)) == []
+    endpoint.requests.clear()
+    assert "its sentences and wordings" in generate(endpoint, out, "--variants", 3).output
+    assert generate(endpoint, out, "--class", "liver").exit_code == 0
+    assert endpoint.asked() == ["liver"] and not load_concepts(out).classes["liver"].variants, "they are of other words"
+    assert generate(endpoint, out, "--variants", 1).exit_code == 1 and len(endpoint.requests) == 1
+
+
+def of_people(out):
+    """Write the shipped sentences without wordings to a file. Returns what it holds."""
+    data = yaml.safe_load((ROOT / "concepts" / "quickstart.yaml").read_text())
+    for text in data["classes"].values():
+        text.pop("variants", None)
+    out.write_text(yaml.safe_dump(data, width=1000))
+    return data
+
+
+def test_wordings_of_what_people_wrote_leave_every_word_of_theirs(endpoint, out):
+    data = of_people(out)
+    data["classes"]["liver"]["variants"] = {"shape": ["Our own way.", "Our other way."]}
+    data["classes"]["aorta"]["sentences"]["shape"] = "Our normal tube."  # a finding is theirs to mend
+    out.write_text(yaml.safe_dump(data))
+    before = load_concepts(out)
+    result = generate(endpoint, out, "--variants", 2)
+    assert result.exit_code == 0, result.output
+    assert all(map(about_wordings, endpoint.requests)) and endpoint.asked() == list(TASK.classes)
+    assert set(given(endpoint.requests[0])) == set(ATTRIBUTES) - {"shape"}
+    text = load_concepts(out)
+    for name in TASK.classes:
+        own, drafts = before.classes[name], text.classes[name]
+        assert drafts.sentences == own.sentences and drafts.ambiguous == own.ambiguous
+        assert drafts.variants == {**{a: tuple(w) for a, w in wordings(name, 2).items()}, **own.variants}
+    assert (text.review.status, text.review.part, text.review.by) == ("draft", "wordings", MODEL)
+    assert load_concepts(out.with_name("drafted.yaml.bak")) == before
+    endpoint.requests.clear()
+    for more in ([], ["--class", "liver"]):
+        assert "people wrote this text" in str(generate(endpoint, out, *more).exception), "still their sentences"
+    assert "every class has its sentences and wordings" in generate(endpoint, out, "--variants", 2).output
+    assert endpoint.requests == []
+    del data["classes"]["liver"]["sentences"]["texture"]
+    out.write_text(yaml.safe_dump(data))
+    assert "no sentence for liver.texture" in str(generate(endpoint, out, "--variants", 2).exception)
+
+
+SHAPES = {name: text.sentences["shape"] for name, text in TASK.concepts.classes.items()}
+BAD_WORDINGS = {
+    "prose": (lambda n: "No.", "there is no JSON object"),
+    "a key missing": (
+        lambda n: {k: w for k, w in wordings(n, 2).items() if k != "shape"},
+        "the key 'shape' is missing",
+    ),
+    "an unknown key": (lambda n: wordings(n, 2, size=["Large.", "Big."]), "unknown key 'size'; the keys are class"),
+    "not a list": (lambda n: wordings(n, 2, shape="One way."), "shape: expected a list of 2 sentences"),
+    "too few": (lambda n: wordings(n, 2, shape=["One way."]), "shape: 1 wordings; expected 2"),
+    "empty": (lambda n: wordings(n, 2, shape=["One way.", " "]), "shape: expected a list of 2 sentences"),
+    "no other words": (lambda n: wordings(n, 2, shape=[SHAPES[n], "A way."]), "shape wording 1: the same"),
+    "twice": (lambda n: wordings(n, 2, shape=["A way.", "a  WAY"]), "shape wording 2: the same as wording 1"),
+    "another's": (
+        lambda n: wordings(n, 2, shape=["A way.", SHAPES["liver"]]),
+        "shape wording 2: the same sentence as class 'liver'",
+    ),
+    "diagnosis": (lambda n: wordings(n, 2, shape=["A way.", "Normal."]), "shape wording 2: diagnostic word 'normal'"),
+    "side missing": (
+        lambda n: wordings(n, 2, location=["A way.", "On the left."]),
+        "location wording 1: the side 'left'",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_WORDINGS)
+def test_the_model_is_told_what_is_wrong_with_its_wordings(endpoint, out, kind):
+    body, reason = BAD_WORDINGS[kind]
+    again = [key for key in ("shape", "location") if key in reason] or ATTRIBUTES  # what was right is kept
+    endpoint.script_of_wordings = [
+        lambda name: (200, completion(json.dumps(body(name)))),
+        lambda name: (200, completion(json.dumps(wordings(name, 2, again)))),
+    ]
+    of_people(out)
+    result = generate(endpoint, out, "--variants", 2, "--class", "left kidney")
+    assert result.exit_code == 0, result.output
+    assert endpoint.asked() == ["left kidney"] * 2
+    told = endpoint.requests[1]["messages"][-1]["content"]
+    assert reason in told and "leave them out" in told
+    assert load_concepts(out).classes["left kidney"].variants.keys() == set(ATTRIBUTES)
+    assert check(drafted(out)) == []
+
+
+def test_a_stopped_run_goes_on_with_the_wordings_that_lack(endpoint, out):
+    endpoint.script_of_wordings = [lambda n: (200, completion("No.")) for _ in range(2)]  # of the liver
+    result = generate(endpoint, out, "--variants", 2, "--attempts", 2)
+    assert result.exit_code == 1 and "liver: no answer of 2 could be used" in result.output and not out.exists()
+    endpoint.requests.clear()
+    assert generate(endpoint, out, "--variants", 2).exit_code == 0
+    assert endpoint.asked() == ["liver"] and about_wordings(endpoint.requests[0])
+    assert check(drafted(out)) == []
+
+
+def test_what_people_change_after_a_stopped_run_is_reworded_as_it_is_now(endpoint, out):
+    of_people(out)
+    endpoint.always["aorta"] = lambda name: (200, completion("No."))
+    assert generate(endpoint, out, "--variants", 2, "--attempts", 1).exit_code == 1
+    words = out.read_text()
+    liver = TASK.concepts.classes["liver"].sentences["shape"]
+    out.write_text(words.replace(liver, "Our new wedge."))
+    endpoint.requests.clear()
+    endpoint.always.clear()
+    assert generate(endpoint, out, "--variants", 2).exit_code == 0
+    assert endpoint.asked() == ["liver", "aorta"] and given(endpoint.requests[0])["shape"] == "Our new wedge."
+    assert load_concepts(out).classes["liver"].sentences["shape"] == "Our new wedge."

@@ -14,7 +14,7 @@ from lib.infers.explain import trial as concept_trial
 from lib.model.nets import build_model
 from lib.model.tokens import check_text
 from lib.tasks import TaskError
-from lib.tasks.revisions import Conflict, Revisions, newest_text
+from lib.tasks.revisions import Conflict, Revisions, newest_text, with_wordings
 from support.helpers import concepts, label, tiny_task
 
 
@@ -109,6 +109,51 @@ def test_tokens_are_counted_by_the_encoder_that_will_read_them(task):
     long = {"liver": dict.fromkeys(("shape", "contour"), " ".join(["wide"] * 40))}
     found = [(p.class_name, p.attribute) for p in check_text(task.with_concepts(long)) if p.fatal]
     assert found == [("liver", "definition")]
+
+
+# Wordings -------------------------------------------------------------------------------------------------------------
+
+WAYS = {"liver": {"shape": ["One way.", "Another way."], "contour": ["Way 1.", "Way 2.", "Way 3."]}}
+
+
+def test_wordings_are_replaced_and_removed_attribute_by_attribute(task):
+    text = with_wordings(task, {"Liver": {"shape": [" One way. ", "Another way."]}, "spleen": {}})
+    assert text.concepts.classes["liver"].variants == {"shape": ("One way.", "Another way.")}
+    assert with_wordings(text, WAYS).concepts.classes["liver"].variants == {
+        a: tuple(w) for a, w in WAYS["liver"].items()
+    }
+    assert with_wordings(text, {"liver": {"shape": [], "contour": []}}) == task
+    assert with_wordings(task, {}) == task
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ({"heart": {}}, "variants: unknown class 'heart'; valid are liver"),
+        ({"liver": {"size": ["Large.", "Big."]}}, "variants.liver: unknown attribute 'size'; valid are class, shape"),
+        ({"liver": {"size": []}}, "variants.liver: unknown attribute 'size'"),
+        ({"liver": {"shape": ["One."]}}, "variants.liver: shape: one wording; at least 2 are needed"),
+        ({"liver": {"shape": ["One.", "  "]}}, "variants.liver: shape: wording 2 is empty"),
+        ({"liver": {"shape": ["One.", "A <b>."]}}, "variants.liver.shape: .* plain text; found '<' in wording 2"),
+        ({"liver": {"shape": [f"{n}." for n in range(21)]}}, "variants.liver.shape: 21 wordings; .* at most 20"),
+    ],
+)
+def test_wordings_that_cannot_be_used(task, override, reason):
+    with pytest.raises(TaskError, match=reason):
+        with_wordings(task, override)
+    assert with_wordings(task, {"liver": {"shape": [f"{n}." for n in range(20)]}}) != task
+
+
+def test_revisions_keep_wordings_and_tell_when_those_of_the_file_change(task, revisions, tmp_path):
+    assert revisions.save(with_wordings(task, WAYS), 0, "ada", "other words only") == 1
+    with pytest.raises(TaskError, match="nothing to save"):
+        revisions.save(with_wordings(task, WAYS), 1, "ada", "")
+    assert newest_text(task, tmp_path).concepts.classes["liver"].variants["shape"] == ("One way.", "Another way.")
+    assert revisions.history()[0]["hash"] == task.concepts.hash and not revisions.file_changed
+    for changed in (with_wordings(task, WAYS), other(task)):
+        assert Revisions(changed, tmp_path).file_changed
+    assert Revisions(with_wordings(task, WAYS), tmp_path).save(task, 1, "ada", "") == 2
+    assert revisions.file_changed and not Revisions(with_wordings(task, WAYS), tmp_path).file_changed
 
 
 # Two masks ------------------------------------------------------------------------------------------------------------

@@ -142,7 +142,7 @@ def test_no_task_with_sides_is_flipped_left_to_right(name):
 
 @pytest.mark.parametrize("name", ["hippocampus-mr", "quickstart"])
 def test_the_quickstart_needs_no_download(name):
-    assert load_task(name).model.text == "scratch"
+    assert load_task(name).model.text in ("scratch", "minilm"), "MiniLM is installed with the app"
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -2,7 +2,9 @@
 
 `Task` already refuses what nothing can be computed with (a class without text, a missing attribute). The rules here are
 about wording: sentences describe what is visible in the image, tell the classes apart, state sides and fit the
-tokenizer. The module imports neither torch nor monailabel; the tokenizer comes in as a function.
+tokenizer. Further wordings of a sentence keep the same rules, except that those of `class` need not name the class and
+the modality; a finding calls them `shape wording 2`. The module imports neither torch nor monailabel; the tokenizer
+comes in as a function.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from lib.tasks import ATTRIBUTES, ClassText, Task
 from lib.tasks.wording import markup
 
 MAX_CHARACTERS = 400  # of a sentence; those that ship have at most 135
+MAX_WORDINGS = 20  # of a sentence, that a command drafts or a page saves
 
 
 def _words(text: str) -> list[str]:
@@ -80,7 +83,7 @@ def check(task: Task, count_tokens: Callable[[str], int] | None = None, max_toke
         max_tokens: the tokenizer's limit for one text (BERT: 512).
 
     Returns:
-        The problems, file-wide ones first, then rule by rule in the order of the classes.
+        The problems, file-wide ones first, then rule by rule in the order of the classes, wordings after sentences.
     """
     count = count_tokens or estimate_tokens
     return [
@@ -110,12 +113,26 @@ def _texts(task: Task) -> Iterator[tuple[str, ClassText]]:
 
 
 def _sentences(task: Task) -> Iterator[tuple[str, str, str]]:
-    """Class, attribute and sentence of everything that is written about a class, ambiguous sentences included."""
+    """Class, attribute and sentence of everything that is written about a class, ambiguous sentences included. The
+    further wordings come last: of two equal texts it is the wording that is at fault."""
     for name, text in _texts(task):
         for attribute, sentence in text.sentences.items():
             yield name, attribute, sentence
         for number, sentence in enumerate(text.ambiguous, 1):
             yield name, f"ambiguous {number}", sentence
+    for name, text in _texts(task):
+        for attribute, wordings in text.variants.items():
+            for number, wording in enumerate(wordings, 1):
+                yield name, worded(attribute, number), wording
+
+
+def worded(attribute: str, number: int) -> str:
+    """What a finding, a table and a page call a further wording of a sentence, counted from 1.
+
+    >>> worded("shape", 2)
+    'shape wording 2'
+    """
+    return f"{attribute} wording {number}"
 
 
 def _contains(sentence: str, phrase: str) -> bool:
@@ -194,25 +211,33 @@ def _sides(task: Task) -> Iterator[Problem]:
         if side is None or not has_twin:
             continue
         for attribute in _SIDED_ATTRIBUTES:
-            sentence = text.sentences.get(attribute, "")
-            if not _contains(sentence, side):
-                yield Problem(name, attribute, sentence, f"the side {side!r} is missing")
+            wordings = enumerate(text.variants.get(attribute, ()), 1)
+            numbered = ((worded(attribute, number), wording) for number, wording in wordings)
+            for place, sentence in ((attribute, text.sentences.get(attribute, "")), *numbered):
+                if not _contains(sentence, side):
+                    yield Problem(name, place, sentence, f"the side {side!r} is missing")
 
 
 def _duplicates(task: Task) -> Iterator[Problem]:
-    """Two classes whose sentences differ in nothing but the class name cannot be told apart by them. The attribute
-    `class` is compared as it stands, because the name is all that differs there."""
-    seen: dict[tuple[str, str], str] = {}
+    """Two classes whose sentences differ in nothing but the class name cannot be told apart by them, and a wording that
+    only repeats teaches nothing. The attribute `class` is compared as it stands, because the name is all that differs
+    there."""
+    seen: dict[tuple[str, str], tuple[str, str]] = {}
     for name, attribute, sentence in _sentences(task):
-        # Position says nothing among ambiguous sentences.
-        group = attribute.split()[0]
+        if not sentence.strip():
+            continue  # missing, not repeated
+        # Position says nothing among ambiguous sentences, nor among wordings.
+        group, kind = (*attribute.split(), "")[:2]
         words = " ".join(_words(sentence))
         if group != "class":
             words = re.sub(rf"\b{re.escape(' '.join(_words(name)))}\b", "", words)
             words = " ".join(words.split())
-        first = seen.setdefault((group, words), name)
+        first, place = seen.setdefault((group, words), (name, attribute))
         if first != name:
             yield Problem(name, attribute, sentence, f"the same sentence as class {first!r}")
+        elif kind == "wording" and place != attribute:
+            other = "the sentence itself" if place == group else place.removeprefix(f"{group} ")
+            yield Problem(name, attribute, sentence, f"the same as {other}")
 
 
 def _ambiguous(task: Task) -> Iterator[Problem]:

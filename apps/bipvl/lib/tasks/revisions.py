@@ -16,7 +16,9 @@ from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lib.files import now, numbered, write_json
-from lib.tasks import Concepts, Review, Task, TaskError, meant
+from lib.tasks import ATTRIBUTES, ClassText, Concepts, Review, Task, TaskError, meant
+from lib.tasks.check import MAX_WORDINGS
+from lib.tasks.wording import markup
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +36,8 @@ class Conflict(TaskError):
 class Revision(BaseModel):
     """One saved text.
 
-    base: the revision that it was made from. file: hash of the concepts file at that time. who: the account.
+    base: the revision that it was made from. file, wordings: hashes of the concepts file at that time, of its sentences
+    and of their wordings. who: the account.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -45,6 +48,7 @@ class Revision(BaseModel):
     who: str
     note: str
     file: str
+    wordings: str = ""
     concepts: Concepts
 
 
@@ -69,6 +73,17 @@ class Revisions:
         """The number of the text that the next round reads; 0 for the file."""
         return max(self.numbers(), default=0)
 
+    @property
+    def file_changed(self) -> bool:
+        """True if the concepts file is not what it was when the newest revision was saved, or nobody can say."""
+        if not (newest := self.newest):
+            return False
+        try:
+            saved, own = self.read(newest), self.task.concepts
+        except TaskError:  # damaged
+            return True
+        return (saved.file, saved.wordings) != (own.hash, own.wordings_hash)
+
     def read(self, number: int) -> Revision:
         """A revision as it was saved.
 
@@ -77,7 +92,8 @@ class Revisions:
         """
         if number == 0:
             concepts = self.task.concepts
-            return Revision(number=0, base=0, time="", who="", note="", file=concepts.hash, concepts=concepts)
+            hashes = {"file": concepts.hash, "wordings": concepts.wordings_hash}
+            return Revision(number=0, base=0, time="", who="", note="", **hashes, concepts=concepts)
         path = self.folder / f"r{number:04d}.json"
         try:
             return Revision.model_validate_json(path.read_bytes())
@@ -134,6 +150,7 @@ class Revisions:
                 who=who,
                 note=note,
                 file=self.task.concepts.hash,
+                wordings=self.task.concepts.wordings_hash,
                 concepts=text.concepts,
             )
             write_json(self.folder / f"r{number:04d}.json", revision.model_dump(mode="json"))
@@ -164,6 +181,36 @@ class Revisions:
                 }
             )
         return found
+
+
+def with_wordings(text: Task, override: dict[str, dict[str, list[str]]]) -> Task:
+    """The task with other wordings of some sentences (class → attribute → wordings); an empty list removes them.
+    `Task.with_concepts` does the same for the sentences.
+
+    Raises:
+        TaskError: unknown class or attribute, one wording alone or too many, an empty one, or markup in one.
+    """
+    classes = dict(text.concepts.classes)
+    for given, attributes in override.items():
+        name = meant(given, classes)
+        if name is None:
+            raise TaskError(f"variants: unknown class {given!r}; valid are {', '.join(classes)}")
+        own = classes[name]
+        variants = {attribute: wordings for attribute, wordings in own.variants.items() if attribute not in attributes}
+        for attribute, listed in attributes.items():
+            where = f"variants.{name}.{attribute}"
+            if len(listed) > MAX_WORDINGS:
+                raise TaskError(f"{where}: {len(listed)} wordings; a sentence has at most {MAX_WORDINGS}")
+            for number, wording in enumerate(listed, 1):
+                if found := markup(wording.strip()):
+                    raise TaskError(f"{where}: wordings are plain text; found {found} in wording {number}")
+            if listed or attribute not in ATTRIBUTES:
+                variants[attribute] = tuple(wording.strip() for wording in listed)
+        try:
+            classes[name] = ClassText(sentences=own.sentences, variants=variants, ambiguous=own.ambiguous)
+        except ValidationError as error:
+            raise TaskError(f"variants.{name}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+    return text.model_copy(update={"concepts": text.concepts.model_copy(update={"classes": classes})})
 
 
 def newest_text(task: Task, model_dir: Path) -> Task:

@@ -13,6 +13,7 @@ from lib.tasks.wording import markup
 
 Backbone = Literal["swin_unetr", "swin_unetr_v2", "unetr", "unet", "unetpp", "resenc", "mednext"]
 VISION_BACKBONES: tuple[Backbone, ...] = get_args(Backbone)
+Frozen = Literal["none", "lower", "all"]  # of the text encoder: nothing, embeddings and stage 1, or all of it
 Unjudged = Literal["keep", "publish"]  # what becomes of a version that cannot be compared with the served one
 UNJUDGED: tuple[Unjudged, ...] = get_args(Unjudged)
 
@@ -92,6 +93,7 @@ class ModelSpec(StrictModel):
     feature_size: Annotated[int, Field(ge=4)] = 48
     swin_heads: Annotated[int, Field(ge=1)] = 3  # of stage 1, doubled each stage; small models are faster with 1
     text: str = "emilyalsentzer/Bio_ClinicalBERT"
+    text_frozen: Frozen = "none"  # what of the text encoder never learns
     vision_weights: Annotated[str, Field(min_length=1)] | None = None
     text_format: TextFormat = "concepts"
     scratch: ScratchText = ScratchText()
@@ -99,6 +101,7 @@ class ModelSpec(StrictModel):
     fusion_attention: Literal["windowed", "full"] = "windowed"
     projection: Annotated[int, Field(ge=8)] = 256
     head: Literal["fixed", "text"] = "text"  # logits from the class's sentences, or a channel per class (paper)
+    head_text: Literal["fused", "plain"] = "fused"  # what the text head reads: T and D, or D alone
     class_embedding: Literal["decoder", "last"] = "decoder"  # class maps of the decoder, or of V_4 (paper)
     checkpointing: bool = False
 
@@ -106,6 +109,12 @@ class ModelSpec(StrictModel):
     def _reads(self) -> ModelSpec:
         if self.head == "text" and self.class_embedding == "last":
             raise ValueError("class_embedding 'last' has a channel per class: it needs head 'fixed'")
+        return self
+
+    @model_validator(mode="after")
+    def _learns(self) -> ModelSpec:
+        if self.text == "scratch" and self.text_frozen != "none":
+            raise ValueError(f"text_frozen {self.text_frozen!r}: text 'scratch' has nothing learnt that could be kept")
         return self
 
     @model_validator(mode="after")
@@ -137,12 +146,16 @@ class Training(StrictModel):
     drop_classes: Annotated[float, Field(ge=0, le=1)] = 0.0  # text head: share of steps that know some classes only
     drop_concepts: Annotated[float, Field(ge=0, le=1)] = 0.0  # text head: share of steps that read some sentences only
     mirror: Annotated[float, Field(ge=0, le=1)] = 0.0  # text head: share of steps that mirror patient and words
+    vary_wording: Annotated[float, Field(ge=0, le=1)] = 1.0  # text head: share of steps that draw among wordings
+    typing_errors: Annotated[float, Field(ge=0, le=1)] = 0.0  # text head: share of sentences with a typing error
+    absent: Annotated[float, Field(ge=0, le=1)] = 0.0  # text head: share of steps with texts of what is not there
     global_weight: Annotated[float, Field(ge=0)] = 1.0
     local_weight: Annotated[float, Field(ge=0)] = 1.0
     gate_margin: Annotated[float, Field(ge=0, le=1)] = 0.02  # how much Dice one class may lose in a round
     gate_min_cases: Annotated[int, Field(ge=1)] = 1
     gate_unjudged: Unjudged = "keep"
     gate_clicks: Annotated[int, Field(ge=0)] = 4  # cases on which a robot user clicks, for the gate
+    gate_reading: Annotated[float, Field(ge=0, le=1)] | None = None  # how much Dice with unseen wordings may fall
     refiner: Annotated[int, Field(ge=0)] = 0  # simulated corrections of the second stage (docs/running/training.md)
     cross_validate: bool = True  # while there are too few cases to set one aside
 
@@ -157,6 +170,10 @@ class Augmentation(StrictModel):
     rotate_probability: Annotated[float, Field(ge=0, le=1)] = 0.3
     shift_intensity: Annotated[float, Field(ge=0)] = 0.1
     scale_intensity: Annotated[float, Field(ge=0)] = 0.1
+    zoom: Annotated[float, Field(ge=0, lt=1)] = 0.0  # up to this share larger or smaller
+    zoom_probability: Annotated[float, Field(ge=0, le=1)] = 0.3
+    gamma: Annotated[float, Field(ge=0)] = 0.0  # exponents of the intensity from 1 / (1 + gamma) to 1 + gamma
+    noise: Annotated[float, Field(ge=0)] = 0.0  # standard deviation at most, in units of the network's input
     intensity_probability: Annotated[float, Field(ge=0, le=1)] = 0.5
 
 
@@ -247,6 +264,14 @@ class Task(StrictModel):
     def out_channels(self) -> int:
         """Channels of the logits: one per class, and background first if classes exclude each other."""
         return len(self.classes) + (0 if self.overlapping else 1)
+
+    @property
+    def varied(self) -> bool:
+        """True if training steps read more than the task's own sentences (`lib.trainers.objective.wordings`)."""
+        recipe, texts = self.training, self.concepts.classes.values()
+        worded = recipe.vary_wording > 0 and any(text.variants for text in texts)
+        reads = self.model.head == "text" and self.model.text_format == "concepts"
+        return reads and (worded or recipe.typing_errors > 0 or recipe.absent > 0)
 
     @property
     def lateralised(self) -> tuple[str, ...]:

@@ -1,9 +1,10 @@
 """Exchange words of sentences for their opposites, in training (mirrored patients) and to see what the text moves.
 
-Also: what makes a sentence more than plain text."""
+Also: typing errors, and what makes a sentence more than plain text."""
 
 from __future__ import annotations
 
+import random
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -31,6 +32,22 @@ def exchanged(sentence: str, first: str, second: str) -> str:
 def exchanged_rows(rows: Sequence[Sequence[str]], first: str, second: str) -> list[list[str]]:
     """`exchanged` for C lists of K sentences."""
     return [[exchanged(sentence, first, second) for sentence in sentences] for sentences in rows]
+
+
+def misspelt(sentence: str, draw: random.Random) -> str:
+    """The sentence with a small typing error in one of its longer words: two letters exchanged, one left out, or one
+    twice. A sentence without a word of four letters stays as it is.
+
+    >>> misspelt("Above the spleen.", random.Random(1))
+    'Aboev the spleen.'
+    """
+    words = list(re.finditer(r"[A-Za-z]{4,}", sentence))
+    if not words:
+        return sentence
+    word = draw.choice(words)
+    at = draw.randrange(word.start() + 1, word.end() - 1)  # the first letter and the last are rarely missed
+    pair = sentence[at : at + 2]
+    return sentence[:at] + draw.choice([pair[::-1], pair[1:], pair[0] + pair]) + sentence[at + 2 :]
 
 
 def markup(sentence: str) -> str | None:

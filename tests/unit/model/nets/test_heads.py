@@ -197,8 +197,8 @@ def test_steps_that_know_some_classes_only(monkeypatch):
         seen.append((logits.shape[1], label, annotated))
         return logits.mean()
 
-    monkeypatch.setattr("lib.trainers.objective.segmentation_loss", spy)
-    monkeypatch.setattr("lib.trainers.objective._some", lambda numbers, share: numbers[[0, 2]])
+    monkeypatch.setattr("lib.trainers.objective.network.segmentation_loss", spy)
+    monkeypatch.setattr("lib.trainers.objective.wordings._some", lambda numbers, share: numbers[[0, 2]])
     label = torch.arange(4).view(1, 1, 4, 1, 1).repeat(1, 1, 16, 32, 32)
     passes = network.model.text.token_passes
     network(image_for(task), label, torch.tensor([[True, False, True]]))
@@ -215,7 +215,7 @@ def test_steps_that_know_some_classes_only(monkeypatch):
 
 
 def test_share_and_size_of_what_is_dropped():
-    from lib.trainers.objective import _some
+    from lib.trainers.objective.wordings import _some
 
     torch.manual_seed(0)
     numbers = torch.arange(5)
@@ -233,7 +233,7 @@ def test_the_fixed_head_drops_nothing(monkeypatch):
     task = task_for(head="fixed", training={"drop_classes": 1.0})
     network = TrainingNetwork(model_for(task), task).train()
     monkeypatch.setattr(
-        "lib.trainers.objective._some", lambda *_: pytest.fail("the fixed head has one channel per class")
+        "lib.trainers.objective.wordings._some", lambda *_: pytest.fail("the fixed head has one channel per class")
     )
     network(image_for(task), label_for(task))
 
@@ -295,10 +295,10 @@ def test_each_text_has_its_own_interval():
     task = tasks[1.0]
     network = TrainingNetwork(model_for(task), task).train()
     text, image, label = network.model.text, image_for(task), label_for(task)
-    network.mirrored = text.tokenize([[f"left {sentence}" for sentence in rows] for rows in task.text_rows()])
+    network.wordings.mirrored = text.tokenize([[f"left {sentence}" for sentence in rows] for rows in task.text_rows()])
 
     def passes(mirror: float) -> int:
-        network.task = tasks[mirror]
+        network.wordings.recipe = tasks[mirror].training
         before = text.token_passes
         network(image, label)["loss"].backward()
         return text.token_passes - before
@@ -308,4 +308,17 @@ def test_each_text_has_its_own_interval():
     assert [passes(m) for m in (0.0, 1.0, 0.0, 1.0, 1.0)] == [1, 1, 0, 1, 1]
     text.begin_epoch()
     assert [passes(1.0) for _ in range(2)] == [2, 0]
-    assert TrainingNetwork(model_for(task), task).mirrored is None, "these sentences name no side"
+    assert TrainingNetwork(model_for(task), task).wordings.mirrored is None, "these sentences name no side"
+
+
+def test_a_plain_head_reads_d_alone():
+    """The same class in every image: T does not count, and has no weights."""
+    torch.manual_seed(0)
+    head = TextHead(4, 2, 3, False, plain=True)
+    assert [name for name, _ in head.reader.named_parameters()] == ["apart.weight", "apart.bias"]
+    features, apart = torch.randn(2, 4, 2, 2, 2), torch.randn(5, 3)
+    first, second = (head(features, torch.randn(2, 5, 2), apart) for _ in range(2))
+    assert first.shape == (2, 6, 2, 2, 2) and torch.equal(first, second)
+    with pytest.raises(CheckpointError, match="text of the head 'fused', the server's task has 'plain'"):
+        old, task = task_for(), task_for(head_text="plain")
+        checkpoints.check_same_task(checkpoints.checkpoint_of(model_for(old), old, {}), task)

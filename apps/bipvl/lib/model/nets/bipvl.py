@@ -116,14 +116,19 @@ class BiPVLSeg(nn.Module):
         reference = text.read(text.reference)
         if sentences is None and text.reference is None:
             states = reference
-        elif sentences is not None and sentences.rows is not None and (sentences.whole is None or text.interval > 1):
+        elif (
+            sentences is not None
+            and sentences.rows is not None
+            and (sentences.whole is None or text.interval > 1 or text.frozen)
+        ):
             # Of the task's own text, which is read anyway; or of one that stands in for the parts of later steps too.
             own = sentences.whole is None and text.reference is None
             states = (reference if own else text.read(sentences.whole)).select(sentences.rows)
         else:
             states = text.read(sentences)
         own = reference.meaning.unflatten(0, (text.reference.classes if text.reference else text.classes, -1))
-        return states, distinction(states.meaning.unflatten(0, (classes, -1)), own)
+        concepts = sentences.concepts if sentences else None
+        return states, distinction(states.meaning.unflatten(0, (classes, -1)), own, concepts)
 
 
 def build_model(task: Task, assets: TextAssets | None = None, fresh: bool | None = None) -> BiPVLSeg:
@@ -154,7 +159,8 @@ def build_model(task: Task, assets: TextAssets | None = None, fresh: bool | None
         embedding = ClassEmbedding(vision.widths[-1], task.out_channels, task.overlapping)
     head: FixedHead | TextHead
     if spec.head == "text":
-        head = TextHead(vision.feature_width, spec.projection, text.width, task.overlapping)
+        plain = spec.head_text == "plain"
+        head = TextHead(vision.feature_width, spec.projection, text.width, task.overlapping, plain)
     else:
         head = FixedHead(vision.feature_width, task.out_channels)
     if fresh or (fresh is None and assets is None):

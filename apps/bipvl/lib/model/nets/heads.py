@@ -27,24 +27,32 @@ POOLED = 1  # the level whose places make a class's vector
 LEAST = 1e-3  # difference of sentences that counts as none; BERT's vectors have a root mean square of about 1
 
 
-def distinction(meaning: Tensor, own: Tensor) -> Tensor:
+def distinction(meaning: Tensor, own: Tensor, concepts: Tensor | None = None) -> Tensor:
     """D of each class: its mean sentence less that of all of the task's classes, brought to a common size.
 
     Sentences about one body in one modality are nearly one vector to a text encoder, and two that differ in one word
     ("left") even more so. From there a network that knows classes by their text alone does not get away: equal texts
     make equal class maps, equal vision vectors, and no gradient that would part them.
 
+    Centre and size come from the task's own text alone, so D is an affine function of what is described: a text about
+    something else lies far from all classes, and does not become one of them.
+
     Args:
         meaning: (C, K, E), the sentences' vectors (`TextStates.meaning`).
         own: likewise of all classes of the task, in any order: what a class is set apart from does not depend on
             which classes are asked for.
+        concepts: the numbers of the K concepts among the task's, if some are left out: sentences about shape are
+            compared with sentences about shape. None for all.
 
     Returns:
         (C, E).
     """
-    own = own.float().mean(1)
-    centre = own.mean(0)
-    size = (own - centre).square().mean().add(LEAST**2).sqrt()
+    own = own.float()
+    means = own.mean(1)
+    centre = means.mean(0)
+    size = (means - centre).square().mean().add(LEAST**2).sqrt()
+    if concepts is not None:
+        centre = own.mean(0)[concepts.to(own.device)].mean(0)
     return (meaning.float().mean(1) - centre) / size
 
 
@@ -60,16 +68,20 @@ class FixedHead(nn.Conv3d):
 
 class Reader(nn.Module):
     """A class's text as the heads take it: from T or another vector in the common space, which sees the image, and
-    from D, which tells the classes apart."""
+    from D, which tells the classes apart; or, `plain`, from D alone."""
 
-    def __init__(self, projection: int, text_width: int, width: int) -> None:
+    def __init__(self, projection: int, text_width: int, width: int, plain: bool = False) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(projection)
-        self.seen = nn.Linear(projection, width)
-        self.apart = nn.Linear(text_width, width, bias=False)
+        self.plain = plain
+        if not plain:
+            self.norm = nn.LayerNorm(projection)
+            self.seen = nn.Linear(projection, width)
+        self.apart = nn.Linear(text_width, width, bias=plain)
 
     def forward(self, text: Tensor, apart: Tensor) -> Tensor:
         """(B, C, P) and (C, E) to (B, C, width)."""
+        if self.plain:
+            return self.apart(apart).expand(len(text), -1, -1)
         return self.seen(self.norm(text)) + self.apart(apart)
 
 
@@ -81,11 +93,12 @@ class TextHead(nn.Module):
         projection: P, width of the text vectors.
         text_width: E, width of the text encoder.
         overlapping: no background channel.
+        plain: from D alone, so that a class is the same in every image.
     """
 
-    def __init__(self, width: int, projection: int, text_width: int, overlapping: bool) -> None:
+    def __init__(self, width: int, projection: int, text_width: int, overlapping: bool, plain: bool = False) -> None:
         super().__init__()
-        self.reader = Reader(projection, text_width, projection)
+        self.reader = Reader(projection, text_width, projection, plain)
         self.mlp = nn.Sequential(nn.GELU(), nn.Linear(projection, width + 1))
         self.background = None if overlapping else nn.Parameter(torch.zeros(width + 1))
 

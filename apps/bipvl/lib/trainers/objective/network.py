@@ -19,7 +19,7 @@ from lib.model.nets.bipvl import BiPVLSeg
 from lib.model.nets.heads import ClassPyramid
 from lib.model.nets.text import Sentences
 from lib.tasks import Task
-from lib.tasks.wording import MIRROR, exchanged_rows
+from lib.trainers.objective.wordings import ABSENT, Wordings
 
 LEFT_RIGHT = (2,)  # the axis of a RAS patch (B, channels, H, W, D)
 LOSSES = ("segmentation", "class_embedding", "alignment")
@@ -34,9 +34,7 @@ class TrainingNetwork(nn.Module):
         self.task = task
         self.uncertainty = UncertaintyWeights(len(LOSSES))
         model.text.interval = task.training.text_interval
-        mirrored = model.text.tokenize(exchanged_rows(task.text_rows(), *MIRROR))
-        # Sentences that name no side are read once, not as two texts.
-        self.mirrored = mirrored if task.training.mirror and mirrored.key != model.text.key else None
+        self.wordings = Wordings(task, model.text)
 
     def forward(self, image: Tensor, label: Tensor, annotated: Tensor | None = None) -> dict[str, Tensor]:
         """The weighted total under "loss", and its parts.
@@ -47,22 +45,21 @@ class TrainingNetwork(nn.Module):
             annotated: (B, C) boolean, the classes that each label was drawn for; None for all. The others are left out
                 of the losses. (The paper's class embedding follows the decoder, not the label.)
 
-        With the text head some training steps know some of the classes only, or read some of the concepts only
-        (`drop_classes`, `drop_concepts`): what the label shows of the others is background. In some the patients are
-        mirrored, and so are the words "left" and "right" (`mirror`).
+        With the text head a training step draws what it reads (`lib.trainers.objective.wordings`): of some classes
+        only, so that what the label shows of the others is background; of classes that no voxel shows; or of mirrored
+        patients.
         """
         task, recipe = self.task, self.task.training
         sentences: Sentences | None = None
         classes = torch.arange(len(task.classes))
         if self.training and task.model.head == "text":
-            concepts = torch.arange(len(task.text_rows()[0]))
-            classes, concepts = _some(classes, recipe.drop_classes), _some(concepts, recipe.drop_concepts)
-            mirrored = None
-            if torch.rand(()) < recipe.mirror:
-                image, label, mirrored = image.flip(LEFT_RIGHT), label.flip(LEFT_RIGHT), self.mirrored
-            sentences = self.model.text.some(classes, concepts, mirrored)
+            reading = self.wordings.draw()
+            sentences, classes = reading.sentences, reading.classes
+            if reading.mirrored:
+                image, label = image.flip(LEFT_RIGHT), label.flip(LEFT_RIGHT)
             label = _only(label, classes, len(task.classes), task.overlapping)
-            annotated = None if annotated is None else annotated[:, classes]
+            # Of an absent class it is known that no voxel is its.
+            annotated = None if annotated is None else annotated[:, classes] | (classes == ABSENT).to(annotated.device)
         output = self.model(image, sentences)
         present = _present(label, len(classes), task.overlapping)
         if annotated is not None:
@@ -113,7 +110,7 @@ class TrainingNetwork(nn.Module):
         (vision if isinstance(model.embedding, ClassPyramid) else joining).extend(model.embedding.parameters())
         return [
             {"params": vision},
-            {"params": list(model.text.parameters()), "lr": recipe.language_learning_rate},
+            {"params": [p for p in model.text.parameters() if p.requires_grad], "lr": recipe.language_learning_rate},
             {"params": joining, "lr": joined},
             {"params": list(self.uncertainty.parameters()), "weight_decay": 0.0},
         ]
@@ -132,22 +129,17 @@ def unwrapped(network: Any) -> TrainingNetwork:
     return network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
 
 
-def _some(numbers: Tensor, share: float) -> Tensor:
-    """All of the numbers, or in a `share` of the calls a random subset of random size, never empty, in order."""
-    if len(numbers) == 1 or torch.rand(()) >= share:
-        return numbers
-    size = int(torch.randint(1, len(numbers), ()))
-    return numbers[torch.randperm(len(numbers))[:size].sort().values]
-
-
 def _only(label: Tensor, classes: Tensor, count: int, overlapping: bool) -> Tensor:
-    """A label of `count` classes as one of the given classes alone."""
-    if len(classes) == count:
+    """A label of `count` classes as one of the given classes alone; those that are absent have no voxel."""
+    if len(classes) == count and ABSENT not in classes:
         return label
+    found = (classes != ABSENT).nonzero()[:, 0]
     if overlapping:
-        return label[:, classes.to(label.device)]
+        shown = label.new_zeros(len(label), len(classes), *label.shape[2:])
+        shown[:, found.to(label.device)] = label[:, classes[found].to(label.device)]
+        return shown
     table = torch.zeros(1 + count, dtype=torch.long)
-    table[1 + classes] = torch.arange(1, 1 + len(classes))
+    table[1 + classes[found]] = 1 + found
     return table.to(label.device)[label.long()]
 
 
