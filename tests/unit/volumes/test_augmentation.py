@@ -10,7 +10,7 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose
 
-from lib.volumes.transforms import augment, rotation_degrees
+from lib.volumes.augmentation import augment, rotation_degrees
 from support.helpers import label, tiny_overlapping_task, tiny_task
 
 

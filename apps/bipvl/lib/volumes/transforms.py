@@ -1,12 +1,11 @@
-"""Preprocessing, augmentation and restoration, each defined once for training, validation and inference.
+"""Preprocessing and restoration, each defined once for training, validation and inference.
 
-`load` brings a file to the network's grid, `augment` draws random patches from it, `restore` brings probabilities back
+`load` brings a file to the network's grid, `restore` brings probabilities back
 to exactly the grid of the file. All geometry goes through affines, never through array order.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -17,25 +16,18 @@ from monai.data import MetaTensor
 from monai.transforms import (
     Compose,
     CropForegroundd,
-    DeleteItemsd,
     MapTransform,
     NormalizeIntensityd,
     Orientationd,
-    RandCropByLabelClassesd,
-    RandFlipd,
-    RandRotated,
-    RandScaleIntensityd,
-    RandShiftIntensityd,
     ScaleIntensityRanged,
     Spacingd,
-    SpatialPadd,
     SpatialResample,
     Transform,
 )
 from scipy import ndimage
 from torch import Tensor
 
-from lib.tasks import AXES, Task
+from lib.tasks import Task
 from lib.volumes.reading import AXIS_CODES, align_label, check_image, encode, read_volume, source_of
 from lib.volumes.resampling import BORDER, Grid, parallel_axes
 
@@ -70,48 +62,6 @@ def load(task: Task, label: bool) -> list[Transform]:
     else:
         steps.append(NormalizeIntensityd(["image"], nonzero=True, channel_wise=True))
     steps.append(CropToForegroundd(keys, task))
-    return steps
-
-
-def augment(task: Task, patches: int) -> list[Transform]:
-    """The random part of training: patches around every class in turn, flips, rotations, intensity changes.
-
-    Takes what `load(task, label=True)` returns and gives a list of `patches` such dictionaries, all of size
-    `task.patch`. Background and every class present are equally likely patch centres, so that rare classes are seen.
-    Axes are flipped only if `task.augmentation.flip` names them.
-    """
-    keys, settings = ["image", "label"], task.augmentation
-    steps: list[Transform] = [SpatialPadd(keys, spatial_size=task.patch)]
-    if task.overlapping:
-        steps.append(_AddSamplingMapd())
-    steps.append(
-        RandCropByLabelClassesd(
-            keys,
-            label_key=_SAMPLING if task.overlapping else "label",
-            spatial_size=task.patch,
-            num_classes=None if task.overlapping else task.out_channels,
-            num_samples=patches,
-            warn=False,
-        )
-    )
-    if task.overlapping:
-        steps.append(DeleteItemsd(_SAMPLING))
-    steps += [RandFlipd(keys, prob=settings.flip_probability, spatial_axis=AXES.index(axis)) for axis in settings.flip]
-    about_x, about_y, about_z = (math.radians(angle) for angle in rotation_degrees(task))
-    steps += [
-        RandRotated(
-            keys,
-            range_x=about_x,
-            range_y=about_y,
-            range_z=about_z,
-            prob=settings.rotate_probability,
-            mode=["bilinear", "nearest"],
-            padding_mode="zeros",
-            dtype=np.float32,
-        ),
-        RandScaleIntensityd(["image"], factors=settings.scale_intensity, prob=settings.intensity_probability),
-        RandShiftIntensityd(["image"], offsets=settings.shift_intensity, prob=settings.intensity_probability),
-    ]
     return steps
 
 
@@ -188,26 +138,6 @@ class CropToForegroundd(CropForegroundd):
                 f"{source_of(data['image'])}: no voxel {limit}: nothing to segment; check the unit of its intensities"
             )
         return super().__call__(data, lazy)
-
-
-_SAMPLING = "sampling_map"
-
-
-class _AddSamplingMapd(Transform):
-    """Overlapping regions have no background channel; patches must also be drawn from cases without any region."""
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        regions = data["label"].as_tensor() > 0
-        return {**data, _SAMPLING: torch.cat([~regions.any(0, keepdim=True), regions])}
-
-
-def rotation_degrees(task: Task) -> tuple[float, float, float]:
-    """Largest rotation about each RAS axis. Patches are rotated in voxels, so a rotation that mixes axes of different
-    spacing would shear the anatomy: its angle shrinks by the ratio of the two spacings."""
-    x, y, z = task.spacing
-    ratios = (min(y, z) / max(y, z), min(x, z) / max(x, z), min(x, y) / max(x, y))
-    first, second, third = (task.augmentation.rotate_degrees * ratio for ratio in ratios)
-    return first, second, third
 
 
 def restore(probabilities: Tensor, image: MetaTensor | Mapping[str, Any], task: Task) -> np.ndarray:
