@@ -125,7 +125,8 @@ def verdict(trainer, cases, candidate, **options):
         [{**case, "id": image_id(case["image"])} for case in cases if (image_id(case["image"]) in ids) == wanted]
         for ids, wanted in ((candidate["manifest"]["trained_on"], True), (candidate["manifest"]["validated_on"], True))
     )
-    request = {"gate_margin": 0.02, "gate_min_cases": 1, "gate_unjudged": "keep", "gate_clicks": 0, **options}
+    request = {"gate_margin": 0.02, "gate_min_cases": 1, "gate_unjudged": "keep", "gate_clicks": 0}
+    request |= {"gate_reading": "none", **options}
     return judge(candidate, trainer.task, trainer.versions, training, validation, request, torch.device("cpu"))
 
 

@@ -191,7 +191,8 @@ LEAVE_ONE_OUT = {"val_split": 0, "cross_validate": True, "tracking": "None", "de
 
 
 def test_few_cases_are_cross_validated_and_judged_by_it(studies, tmp_path, caplog, monkeypatch):
-    """Three cases: each is left out once, then all train. The next round compares held-out scores, case by case."""
+    """Three cases: each is left out once, then all train. The next round compares held-out scores, case by case. Each
+    is also scored with a wording that no training reads."""
     audits = []
     monkeypatch.setattr(trainer_module, "audit", lambda *a: audits.append(1) or audit(*a))
     trainer, cases = small_trainer(tmp_path), phantom_cases(studies, 3)
@@ -206,6 +207,8 @@ def test_few_cases_are_cross_validated_and_judged_by_it(studies, tmp_path, caplo
     assert (folds["method"], folds["epochs"]) == ("leave-one-out", 2)
     assert all(set(dice) == set(trainer.task.classes) for dice in folds["scores"].values())
     assert trainer.versions.served == 1
+    assert folds["unseen"].keys() == folds["scores"].keys()
+    assert "\nDice with wordings it never read: " in caplog.text
 
     trainer({**LEAVE_ONE_OUT, "max_epochs": 4, "gate_margin": 1}, cases)
     gate = trainer.versions.manifest(2)["gate"]
@@ -213,6 +216,13 @@ def test_few_cases_are_cross_validated_and_judged_by_it(studies, tmp_path, caplo
     assert gate["cases"] == sorted(folds["scores"])
     served = [sum(dice["liver"] for dice in folds["scores"].values()) / 3, gate["table"][0]["served"]]
     assert served[0] == pytest.approx(served[1], abs=1e-4)
+    reading = gate["reading"]["table"]
+    assert [row["class"] for row in reading] == [*trainer.task.classes, "mean"]
+    unseen = sum(dice["liver"] for dice in folds["unseen"].values()) / 3
+    assert (reading[0]["served"], reading[0]["served_own"]) == pytest.approx((unseen, served[0]), abs=1e-4)
+    assert trainer.stats()["gate"]["reading"] == gate["reading"]
+    line = f"Dice with wordings it never read: {reading[-1]['candidate']:.3f} (own {reading[-1]['candidate_own']:.3f})"
+    assert line in trainer.versions.report(2).read_text()
 
     # With other epochs the folds cannot be compared, and every case is known to the served version.
     trainer({**LEAVE_ONE_OUT, "max_epochs": 3, "gate_unjudged": "keep"}, cases)
@@ -348,6 +358,7 @@ def test_resume_after_a_stop_between_and_within_folds(studies, tmp_path, monkeyp
     [
         ({"gate_unjudged": "perhaps"}, "gate_unjudged: 'perhaps'; valid are keep, publish"),
         ({"gate_margin": "wide"}, "gate_margin: expected a number"),
+        ({"gate_reading": 2}, "gate_reading: expected a number from 0 to 1, or none, got 2"),
         ({"resume": "maybe"}, "resume: expected true or false"),
         ({"name": "../elsewhere"}, "name: expected up to 64 letters, digits"),
         ({"name": "v0002.pt"}, "name: expected up to 64 letters, digits"),

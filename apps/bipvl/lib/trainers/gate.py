@@ -71,6 +71,62 @@ class Clicks:
 
 
 @dataclass(frozen=True)
+class Unseen:
+    """Dice of both models' masks with wordings that neither was trained on.
+
+    served: None if nothing is served; empty if the served model has no such figure.
+    margin: how much the mean may fall; None: it decides nothing.
+    """
+
+    served: Scores | None
+    candidate: Scores
+    margin: float | None = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Dice with unseen wordings beside Dice with each model's own text, on the same cases.
+
+    own, unseen: one row per class, and the mean last. Without a figure of the served model `unseen` has the candidate's
+        alone.
+    cases: what the rows are means of.
+    margin: as in `Unseen`.
+    """
+
+    own: tuple[Row, ...]
+    unseen: tuple[Row, ...]
+    cases: tuple[str, ...]
+    margin: float | None
+
+    def line(self) -> str:
+        """The means."""
+        own, unseen = self.own[-1], self.unseen[-1]
+        line = f"Dice with wordings it never read: {unseen.candidate:.3f} (own {own.candidate:.3f})"
+        return line if unseen.served is None else f"{line}, served {unseen.served:.3f} (own {own.served:.3f})"
+
+    def complaint(self) -> str | None:
+        """What speaks against the candidate."""
+        mean = self.unseen[-1]
+        if self.margin is None or mean.difference is None or mean.difference >= -self.margin - TOLERANCE:
+            return None
+        change = f"from {mean.served:.3f} to {mean.candidate:.3f}"
+        return f"reads worse: Dice with wordings that neither read falls {change}, by more than {self.margin:g}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: `served`, `candidate`, `difference` with unseen wordings; `…_own` with the models' own text."""
+        table = [
+            {
+                "class": unseen.name,
+                **unseen.to_dict(),
+                "served_own": _rounded(own.served),
+                "candidate_own": _rounded(own.candidate),
+            }
+            for own, unseen in zip(self.own, self.unseen, strict=True)
+        ]
+        return {"table": table, "cases": list(self.cases), "margin": self.margin}
+
+
+@dataclass(frozen=True)
 class Decision:
     """Whether to publish, and why.
 
@@ -81,6 +137,7 @@ class Decision:
     cases: what both were scored on.
     clicks: one row per number of clicks, its name; empty if nobody clicked.
     clicked: the cases that a robot clicked on.
+    reading: None if the candidate read no other wordings.
     """
 
     publish: bool
@@ -90,6 +147,7 @@ class Decision:
     cases: tuple[str, ...]
     clicks: tuple[Row, ...] = ()
     clicked: tuple[str, ...] = ()
+    reading: Reading | None = None
 
     def table(self) -> str:
         """One line per class; short, because clients show only the last twenty lines of a round."""
@@ -107,6 +165,8 @@ class Decision:
             )
             numbers = ", ".join(row.name for row in self.clicks)
             lines.append(f"Dice after {numbers} clicks: served {served}, candidate {candidate}")
+        if self.reading:
+            lines.append(self.reading.line())
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -119,6 +179,7 @@ class Decision:
             "table": [{"class": row.name, **row.to_dict()} for row in self.rows],
             "clicked": list(self.clicked),
             "clicks": [{"clicks": int(row.name), **row.to_dict()} for row in self.clicks],
+            "reading": self.reading.to_dict() if self.reading else None,
         }
 
 
@@ -132,12 +193,14 @@ def decide(
     unjudged: Unjudged = "keep",
     shown: Mapping[str, Collection[str]] | None = None,
     clicks: Clicks | None = None,
+    unseen: Unseen | None = None,
 ) -> Decision:
     """Compare a candidate with the served model on the cases that both were scored on.
 
-    It is published only if mean Dice does not fall, no class falls by more than the margin, and mean Dice after no
-    number of clicks does. The Dice of a class is its mean over cases, mean Dice the mean of these over classes, so that
-    a rare class weighs as much as any other.
+    It is published only if mean Dice does not fall, no class falls by more than the margin, mean Dice after no number
+    of clicks does, and mean Dice with unseen wordings falls by no more than its own margin, if it has one. The Dice of
+    a class is its mean over cases, mean Dice the mean of these over classes, so that a rare class weighs as much as any
+    other.
 
     Args:
         served: None if nothing is served: the candidate is published as the first.
@@ -149,43 +212,23 @@ def decide(
         shown: for each case the classes that its label shows; a class that no label shows is not judged, because only
             false alarms would count. None: all scored classes are shown.
         clicks: what came out when a robot corrected the masks of both; None if none did.
+        unseen: what came out with other wordings; None if there are none.
     """
     cases = tuple(sorted(candidate if served is None else served.keys() & candidate.keys()))
-    judged_classes = {
-        name for case in cases for name in candidate[case] if shown is None or name in shown.get(case, ())
-    }
-    rows = []
-    for name in classes:
-        here = [c for c in cases if name in candidate[c] and (served is None or name in served[c])]
-        if name not in judged_classes or not here:
-            rows.append(Row(name, None, None))
-        else:
-            rows.append(
-                Row(
-                    name,
-                    None if served is None else _mean(served[c][name] for c in here),
-                    _mean(candidate[c][name] for c in here),
-                )
-            )
-    judged = [row for row in rows if row.difference is not None]
-    scored = [row.candidate for row in rows if row.candidate is not None]
-    mean = Row(
-        "mean",
-        _mean(row.served for row in judged if row.served is not None) if judged else None,
-        _mean(scored) if scored else None,
-    )
-    table = (*rows, mean)
+    table = _table(served, candidate, classes, cases, shown)
+    mean, judged = table[-1], [row for row in table[:-1] if row.difference is not None]
     after, clicked = clicks.rows() if clicks else ((), ())
+    reading = _reading(unseen, served, candidate, classes, cases, shown) if unseen else None
+    figures = table, cases, after, clicked, reading
     if served is None:
-        reason = "the first version: there is none to compare it with"
-        return Decision(True, False, reason, table, cases, after, clicked)
+        return Decision(True, False, "the first version: there is none to compare it with", *figures)
     if len(cases) < min_cases or not judged:
         reason = (
             f"cannot judge: {len(cases)} case(s) that neither model was trained on, {min_cases} needed"
             if len(cases) < min_cases
             else "cannot judge: no label of the compared cases shows any class"
         )
-        return Decision(unjudged == "publish", False, reason, table, cases, after, clicked)
+        return Decision(unjudged == "publish", False, reason, *figures)
     assert mean.difference is not None
     fallen = [r for r in judged if r.difference is not None and r.difference < -margin - TOLERANCE]
     complaints = []
@@ -199,11 +242,53 @@ def decide(
     if worse:
         names = ", ".join(f"from {row.served:.3f} to {row.candidate:.3f} after {row.name}" for row in worse)
         complaints.append(f"clicks are answered worse by more than {margin:g}: Dice falls {names}")
+    if reading and (complaint := reading.complaint()):
+        complaints.append(complaint)
     if complaints:
-        return Decision(False, True, "; ".join(complaints), table, cases, after, clicked)
+        return Decision(False, True, "; ".join(complaints), *figures)
     change = f"{mean.served:.3f} to {mean.candidate:.3f}"
     reason = f"mean Dice {change} on {len(cases)} case(s), no class falls by more than {margin:g}"
-    return Decision(True, True, reason, table, cases, after, clicked)
+    return Decision(True, True, reason, *figures)
+
+
+def _table(
+    served: Scores | None,
+    candidate: Scores,
+    classes: Sequence[str],
+    cases: Sequence[str],
+    shown: Mapping[str, Collection[str]] | None,
+) -> tuple[Row, ...]:
+    """One row per class, and the mean last, over cases that both were scored on."""
+    judged = {name for case in cases for name in candidate[case] if shown is None or name in shown.get(case, ())}
+    rows = []
+    for name in classes:
+        here = [c for c in cases if name in candidate[c] and (served is None or name in served[c])]
+        if name not in judged or not here:
+            rows.append(Row(name, None, None))
+        else:
+            before = None if served is None else _mean(served[c][name] for c in here)
+            rows.append(Row(name, before, _mean(candidate[c][name] for c in here)))
+    served_means = [row.served for row in rows if row.served is not None]
+    means = [row.candidate for row in rows if row.candidate is not None]
+    mean = Row("mean", _mean(served_means) if served_means else None, _mean(means) if means else None)
+    return (*rows, mean)
+
+
+def _reading(
+    unseen: Unseen,
+    served: Scores | None,
+    candidate: Scores,
+    classes: Sequence[str],
+    cases: Sequence[str],
+    shown: Mapping[str, Collection[str]] | None,
+) -> Reading | None:
+    """On the compared cases for which the served model has a figure too, or on all if it has none; None if there is
+    nothing to show."""
+    read = tuple(case for case in cases if case in unseen.candidate)
+    both = tuple(case for case in read if case in (unseen.served or {}))
+    own = _table(served, candidate, classes, both or read, shown)
+    other = _table(unseen.served if both else None, unseen.candidate, classes, both or read, shown)
+    return None if other[-1].candidate is None else Reading(own, other, both or read, unseen.margin)
 
 
 def _mean(values: Any) -> float:

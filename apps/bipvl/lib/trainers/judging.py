@@ -17,16 +17,18 @@ from lib.files import now
 from lib.model import checkpoints
 from lib.model.checkpoints import CheckpointError, restore_model
 from lib.model.nets import BiPVLSeg
+from lib.model.nets.reading import KEY as PLACES
 from lib.model.refining import KEY, WAYS, Kept, Way, restore_refiner, to_entry, usable_refiner
 from lib.model.reports.page import Examined, round_report, write_report
 from lib.model.reviews import Reviews
 from lib.model.versions import Versions
 from lib.tasks import Task
 from lib.trainers import rounds
-from lib.trainers.evaluation import CaseScores, score_cases
-from lib.trainers.gate import Clicks, Decision, decide
+from lib.trainers.evaluation import CaseScores, find_places, score_cases, unseen_wordings
+from lib.trainers.gate import Clicks, Decision, Unseen, decide
 from lib.trainers.gate import Curves as AnyCurves
 from lib.trainers.objective import unwrapped
+from lib.trainers.options import limit_of
 from lib.trainers.refiner.clicks import CLICKS, Curves, Robot
 from lib.trainers.refiner.stage import Network, Told, train_stage
 from lib.trainers.rounds import Round
@@ -36,6 +38,7 @@ from lib.upstream import Context, TrainTask
 logger = logging.getLogger(__name__)
 
 WITHOUT_VALIDATION = 2  # training cases in the report of a round that has no others
+FOR_PLACES = 4  # training cases in which the places of classes are looked for
 PACKAGES = ("torch", "monai", "monailabel", "transformers")
 
 
@@ -59,10 +62,12 @@ def judge(
     A robot user clicks on the first `gate_clicks` of the cases that a model is scored on. Each version answers as it
     would in the app. A candidate with a refiner answers both ways, and is served with the better one.
 
+    If the task keeps wordings aside, both models are scored with them too (`unseen_wordings`).
+
     Args:
         candidate: the round's checkpoint, with its manifest.
         training, validation: the round's cases.
-        request: gate_margin, gate_min_cases, gate_unjudged, gate_clicks.
+        request: gate_margin, gate_min_cases, gate_unjudged, gate_clicks, gate_reading.
         examined: is told of every case that the candidate is scored on.
         told: hears how it goes; may raise to stop.
 
@@ -86,17 +91,18 @@ def judge(
         model, own_task = restore_model(candidate)
         kept = restore_refiner(candidate, model)
         robot = _robot(limit, cases, kept, WAYS if kept else ("evidence",), "Clicks on this version's masks", told)
-        ours = score_cases(model.to(device), own_task, cases, examined, robot)
+        ours = score_cases(model.to(device), own_task, cases, examined, robot, unseen_wordings(task, own_task))
         ways = robot.curves
         if served and theirs is not None:
-            theirs, their_clicks = _score_served(served, f"version {number}", cases, limit, told)
+            theirs, their_clicks = _score_served(served, f"version {number}", task, cases, limit, told)
     else:
-        ours = CaseScores(folds["scores"], folds["shown"])
+        ours = CaseScores(folds["scores"], folds["shown"], folds.get("unseen", {}))
         ways = {"evidence": folds.get("clicks", {})}
         if served and theirs is not None:
             new = [c for c in training if c["id"] not in served_seen]
-            theirs, their_clicks = _score_served(served, f"version {number}", new, limit, told)
+            theirs, their_clicks = _score_served(served, f"version {number}", task, new, limit, told)
             theirs.dice |= _earlier_folds(versions, number, folds, served_seen, "scores")
+            theirs.unseen |= _earlier_folds(versions, number, folds, served_seen, "unseen")
             their_clicks |= _earlier_folds(versions, number, folds, served_seen, "clicks")
     way = better(ways)
     decision = decide(
@@ -108,6 +114,7 @@ def judge(
         unjudged=request["gate_unjudged"],
         shown=ours.shown,
         clicks=Clicks(CLICKS, their_clicks if number is not None else None, ways[way]),
+        unseen=Unseen(theirs.unseen if theirs is not None else None, ours.unseen, limit_of(request["gate_reading"])),
     )
     report = {
         **decision.to_dict(),
@@ -128,13 +135,20 @@ def _robot(limit: int, cases: Sequence[Any], kept: Kept | None, ways: Sequence[W
 
 
 def _score_served(
-    served: tuple[BiPVLSeg, Task, Kept | None], name: str, cases: Sequence[dict[str, Any]], limit: int, told: Told
+    served: tuple[BiPVLSeg, Task, Kept | None],
+    name: str,
+    task: Task,
+    cases: Sequence[dict[str, Any]],
+    limit: int,
+    told: Told,
 ) -> tuple[CaseScores, Curves]:
-    """Scores of the served version, and what came of clicks on its masks, answered as it answers them."""
+    """Scores of the served version, also with the wordings that `task` keeps aside, and what came of clicks on its
+    masks, answered as it answers them."""
     model, own_task, kept = served
     way: Way = kept.way if kept else "evidence"
     robot = _robot(limit, cases, kept, (way,), f"Clicks on the masks of {name}", told)
-    return score_cases(model, own_task, cases, robot=robot), robot.curves[way]
+    scores = score_cases(model, own_task, cases, robot=robot, unseen=unseen_wordings(task, own_task))
+    return scores, robot.curves[way]
 
 
 def better(ways: Mapping[Way, AnyCurves]) -> Way:
@@ -193,13 +207,22 @@ def add_refiner(
     checkpoint["manifest"]["refiner"] = said
 
 
+def add_places(checkpoint: dict[str, Any], this: Round, device: torch.device) -> None:
+    """Put the places of the classes into a round's checkpoint (`lib.model.nets.reading`)."""
+    model, own_task = restore_model(checkpoint)
+    if places := find_places(model.to(device), own_task, this.training[:FOR_PLACES]):
+        checkpoint[PLACES] = places.to_entry()
+
+
 def _earlier_folds(
     versions: Versions, number: int | None, folds: dict[str, Any], seen: set[str], what: str
 ) -> dict[str, Any]:
-    """`scores` or `clicks` of the served version's own folds, for the cases that it was trained on in the end."""
+    """`scores`, `clicks` or `unseen` of the served version's own folds, for the cases that it was trained on in the
+    end."""
     assert number is not None
     earlier = versions.manifest(number).get("metrics", {}).get("cross_validation") or {}
-    if any(earlier.get(key) != folds[key] for key in ("method", "max_epochs")):
+    same = ("method", "max_epochs", *(("wordings",) if what == "unseen" else ()))
+    if any(earlier.get(key) != folds.get(key) for key in same):
         return {}
     return {case: dice for case, dice in earlier.get(what, {}).items() if case in seen and case in folds["scores"]}
 
@@ -228,6 +251,10 @@ def publish(
             add_refiner(checkpoint, this, task, versions, steps, int(context.request["seed"]), context.device, told)
         except Exception:  # the network was trained for hours, and is as good without
             logger.exception("The refiner could not be trained: the version has none")
+    try:
+        add_places(checkpoint, this, context.device)
+    except Exception:  # without them nobody is warned of texts that are misread
+        logger.exception("The version does not know its classes' places")
     cases = this.training, this.validation
     decision, gate = judge(checkpoint, task, versions, *cases, context.request, context.device, this.examined, told)
     manifest = {**checkpoint["manifest"], "gate": gate, "time": now()}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
 
-from lib.options import GPUS, Choice, Device, Number, Option, OptionTable, Switch, Text
+from lib.options import GPUS, Choice, Device, Number, Option, OptionTable, Switch, Text, shown
 from lib.tasks import UNJUDGED, Task
 from lib.tasks.revisions import FOLDER
 from lib.upstream import device_list, settings
@@ -14,6 +15,7 @@ from lib.upstream import device_list, settings
 FIRST, TASK = "the first GPU, else the CPU", "the task's"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")  # without dots none is that of a version or another file
 RESERVED = (FOLDER,)
+ANY = "none"  # as a limit
 
 
 def is_round(name: str) -> bool:
@@ -33,6 +35,35 @@ class _Name(Option):
         if not isinstance(value, str) or not is_round(value):
             raise ValueError(f"{self.name}: expected {self.valid}, got {value!r}")
         return value
+
+
+@dataclass(frozen=True)
+class _Fall(Option):
+    """How much Dice may fall; `none`: by any amount. Clients show a text, so that both can be typed."""
+
+    @property
+    def offer(self) -> str:
+        return self.default if isinstance(self.default, str) else f"{self.default:g}"
+
+    @property
+    def valid(self) -> str:
+        return f"number from 0 to 1, or {ANY}"
+
+    def convert(self, value: Any) -> float | str:
+        if isinstance(value, str) and value.strip().lower() == ANY:
+            return ANY
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if isinstance(value, bool) or not 0 <= number <= 1:
+            raise ValueError(f"{self.name}: expected a {self.valid}, got {shown(value)}")
+        return number
+
+
+def limit_of(fall: float | str) -> float | None:
+    """How much a Dice may fall by what a request says; None for any amount."""
+    return None if isinstance(fall, str) else fall
 
 
 def train_options(task: Task, tracking_uri: str) -> OptionTable:
@@ -93,6 +124,12 @@ def train_options(task: Task, tracking_uri: str) -> OptionTable:
             "cases on which a robot user clicks, for the gate; 0: none",
             TASK,
             low=0,
+        ),
+        _Fall(
+            "gate_reading",
+            ANY if recipe.gate_reading is None else recipe.gate_reading,
+            "how much mean Dice may fall with wordings that no training reads; `none`: the gate only reports it",
+            TASK,
         ),
         Number(
             "refiner",

@@ -26,7 +26,7 @@ from lib.model.versions import Versions
 from lib.stores.cases import audit
 from lib.tasks import Task
 from lib.trainers import rounds
-from lib.trainers.evaluation import masks, score_cases
+from lib.trainers.evaluation import masks, score_cases, unseen_wordings
 from lib.trainers.judging import checkpoint_of, publish
 from lib.trainers.objective import TrainingNetwork, unwrapped
 from lib.trainers.recipe import build_schedule, descend
@@ -35,8 +35,9 @@ from lib.trainers.rounds import Fold, Round
 from lib.trainers.split import split_cases
 from lib.trainers.tracking import Tracker
 from lib.upstream import Context, Datastore, TrainTask
+from lib.volumes.augmentation import augment
 from lib.volumes.folders import image_id
-from lib.volumes.transforms import augment, load
+from lib.volumes.transforms import load
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +185,7 @@ class RoundTask(TrainTask):
         if self.task.model.vision_weights:
             logger.info("model.vision_weights is not read: only a round from fresh weights does (pretrained false)")
         network = TrainingNetwork(build_model(self.task, checkpoints.text_assets(checkpoint)), self.task)
-        network.model.load_state_dict(checkpoint["model"])
+        checkpoints.load_weights(network.model, checkpoint)
         if "uncertainty" in checkpoint:
             network.uncertainty.load_state_dict(checkpoint["uncertainty"])
         return network
@@ -346,11 +347,14 @@ class RoundTask(TrainTask):
         this = self.this
         assert this.fold is not None and this.cross_validation is not None
         robot = Robot(int(this.fold.number <= context.request["gate_clicks"]), 1)
-        cases = [this.fold.held_out]
-        found = score_cases(unwrapped(context.network).model, self.task, cases, this.examined, robot)
+        cases, unseen = [this.fold.held_out], unseen_wordings(self.task, self.task)
+        found = score_cases(unwrapped(context.network).model, self.task, cases, this.examined, robot, unseen)
         this.cross_validation["scores"] |= found.dice
         this.cross_validation["shown"] |= found.shown
         this.cross_validation.setdefault("clicks", {}).update(robot.curves["evidence"])
+        if found.unseen:
+            this.cross_validation.setdefault("unseen", {}).update(found.unseen)
+            this.cross_validation["wordings"] = found.wordings
         (dice,) = found.dice.values()
         logger.info(
             "%s: Dice of %s: %s",
