@@ -106,7 +106,7 @@ class BiPVLInfer(InferInterface):
         # others draw a class too large if nothing competes with it (docs/research/text.md), so the rest is hidden.
         if task.model.head == "text" and task.training.drop_classes > 0:
             task = task.only(options.classes)
-        warnings = [*loaded.warnings, *self._other_text(loaded)]
+        warnings = [*loaded.warnings, *self._other_text(loaded), *loaded.misreadings(task).values()]
         return Segmentation(options, loaded, task, self.task, warnings, made, watch)(chosen, callbacks)
 
     def predict(
@@ -160,6 +160,11 @@ class BiPVLInfer(InferInterface):
         except OSError as error:  # the mask is worth more
             logger.warning("%s: the places where version %d doubts could not be kept: %s", image, version, error)
             return {"version": version, "time": now(), "places": [{**place, "answers": []} for place in places]}
+
+    def misreadings(self, text: Task) -> dict[str, str]:
+        """`Loaded.misreadings` of the served version; nothing before the first version."""
+        loaded = self.models.get(None, name_to_device(device_list()[0]))
+        return loaded.misreadings(text) if loaded.version else {}
 
     def _other_text(self, loaded: Loaded) -> list[str]:
         """A warning if the next round will read sentences other than this version's."""

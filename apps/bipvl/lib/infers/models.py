@@ -12,6 +12,7 @@ from monai.utils import set_determinism
 from lib.model import checkpoints
 from lib.model.checkpoints import CheckpointError, DamagedCheckpoint
 from lib.model.nets import BiPVLSeg, build_model
+from lib.model.nets.reading import Places, describe, misread, places_in
 from lib.model.refining import Kept, usable_refiner
 from lib.model.versions import Versions
 from lib.tasks import Task, task_from_dict
@@ -23,8 +24,8 @@ LOADED_MODELS = 2  # the served version and one that somebody compares it with
 
 @dataclass
 class Loaded:
-    """A model in memory: its version (0: fresh weights), the file it came from, what users should know of it, and its
-    refiner, if it has one."""
+    """A model in memory: its version (0: fresh weights), the file it came from, what users should know of it, its
+    refiner and the places of its classes, if it has them."""
 
     version: int
     model: BiPVLSeg
@@ -32,11 +33,23 @@ class Loaded:
     file: tuple[int, ...]
     warnings: list[str] = field(default_factory=list)
     refiner: Kept | None = None
+    places: Places | None = None
 
     @property
     def features_wanted(self) -> bool:
         """Whether clicks on its masks will need the decoder's features: its refiner answers them."""
         return self.refiner is not None and self.refiner.answers
+
+    def misreadings(self, task: Task) -> dict[str, str]:
+        """What to tell people of a text that this version would draw as something else, or as nothing: a sentence for
+        each class. Of a version that does not know its classes' places, and of its own text, there is nothing to tell.
+
+        Args:
+            task: with the text.
+        """
+        if self.places is None or task.concepts.hash == self.task.concepts.hash:
+            return {}
+        return describe(misread(self.model, self.places, task), self.version)
 
 
 class Models:
@@ -128,8 +141,8 @@ class Models:
             new = [c for c in task.classes if c not in known]
             if new:
                 warnings.append(f"version {version} never saw a label of {', '.join(new)}: found by description alone")
-            refiner = usable_refiner(checkpoint, model, path)
-            self._models[key] = Loaded(version, model.to(device).eval(), task, file, warnings, refiner)
+            kept = usable_refiner(checkpoint, model, path), places_in(checkpoint, model)
+            self._models[key] = Loaded(version, model.to(device).eval(), task, file, warnings, *kept)
         return self._used(key)
 
     def _fresh(self, device: str) -> Loaded:
