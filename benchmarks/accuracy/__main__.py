@@ -125,8 +125,17 @@ def execute(
     state.parent.mkdir(parents=True, exist_ok=True)
     watched = list(Preprocessed(task, split.validation, work / "volumes", spec.field))
 
-    def validate(model: nn.Module) -> float:
-        return scores(score(task, split.validation, segment(model, task, watched)))["mean"]["mean"]["dice"]
+    aside = task.concepts.aside(task.classes) if task.varied else None
+
+    def validate(model: nn.Module) -> dict[str, float]:
+        texts = {
+            "validation": None,
+            **({"aside": model.text.tokenize(aside)} if isinstance(model, BiPVLSeg) and aside else {}),
+        }
+        return {
+            name: scores(score(task, split.validation, segment(model, task, watched, text)))["mean"]["mean"]["dice"]
+            for name, text in texts.items()
+        }
 
     patches = Patches(task, training, steps, spec.seed)
     curves = train(

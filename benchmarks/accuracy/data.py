@@ -19,7 +19,8 @@ from torch.utils.data import Dataset
 
 from lib.files import write_atomic
 from lib.tasks import Task
-from lib.volumes.transforms import apply, augment, load
+from lib.volumes.augmentation import augment
+from lib.volumes.transforms import apply, load
 
 SPLIT_SEED = 2025  # the same split for every model and every seed
 SHARES = (40, 8, 12)  # of 60: training, validation, test

@@ -153,7 +153,7 @@ def train(
     kind: str,
     workers: int = 0,
     state: Path | None = None,
-    validate: Callable[[nn.Module], float] | None = None,
+    validate: Callable[[nn.Module], dict[str, float]] | None = None,
 ) -> dict[str, list]:
     """Train in place; the last weights count, nothing is selected. Returns the curves.
 
@@ -167,7 +167,8 @@ def train(
         kind: `bf16` or `float32`.
         workers: processes that prepare batches.
         state: file that the training's state is kept in until it ends; None: nowhere.
-        validate: the mean Dice of validation patients, for the curve `validation`, with the steps `validated`.
+        validate: the mean Dice of validation patients, for the curve `validation`, with the steps `validated`; and for
+            `aside` with the wordings that training never reads.
 
     Raises:
         ValueError: the loss is not finite.
@@ -213,8 +214,10 @@ def train(
             window.clear()
         if validate and (step % max(1, steps // VALIDATIONS) == 0 or step == steps):
             curves.setdefault("validated", []).append(step)
-            curves.setdefault("validation", []).append(round(validate(network.model), 4))
-            print(json.dumps({"step": step, "validation": curves["validation"][-1]}), flush=True)
+            found = {name: round(value, 4) for name, value in validate(network.model).items()}
+            for name, value in found.items():
+                curves.setdefault(name, []).append(value)
+            print(json.dumps({"step": step, **found}), flush=True)
         if state and time.monotonic() - saved > SAVE_SECONDS:
             kept = {name: part.state_dict() for name, part in parts_of_state.items()}
             kept |= {"step": step, "curves": curves, "window": window, "random": torch.get_rng_state()}

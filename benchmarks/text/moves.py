@@ -1,12 +1,11 @@
 """What the text moves: other sentences for one request, and how far the masks follow them.
 
-    python -m benchmarks.text.moves phantom                     trains both heads on a phantom of left and right
-    python -m benchmarks.text.moves scans FILE... --data FOLDER checkpoints of accuracy.py on test patients
-    python -m benchmarks.text.moves tables                      the section of docs/research/text.md
+    python -m benchmarks.text.moves phantom    trains both heads on a phantom of left and right
+    python -m benchmarks.text.moves tables     the section of docs/research/text.md
 
-Each request is compared with the standard one, class by class, on the network's grid: Dice of the mask with the
-mask under its own sentences ("stays": 1 if the text moved nothing), and with that of the class whose words or sentences
-it got ("follows": 1 if the mask went with them).
+Each request is compared with the standard one, class by class: Dice of the mask with the mask under its own sentences
+("stays": 1 if the text moved nothing), and with that of the class whose words or sentences it got ("follows": 1 if the
+mask went with them). Real patients, and words that no training read: `benchmarks.text.reading`.
 """
 
 from __future__ import annotations
@@ -14,32 +13,25 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
 from torch import Tensor
 
 from benchmarks import ROOT, records
-from benchmarks.accuracy.data import Preprocessed, find_cases, split_cases
 from benchmarks.common import save_runs
 from benchmarks.documents import insert
 from benchmarks.text import laterality
-from lib.model import checkpoints
 from lib.model.nets import BiPVLSeg
-from lib.model.predict import predict
 from lib.tasks import Task
 from lib.tasks.wording import exchanged_rows
 
 Predict = Callable[[Task, list[list[str]]], Tensor]  # a task's classes and their sentences to labels (cases, ...)
-PAIRS: dict[str, list[tuple[str, str]]] = {
-    "left and right": [("left", "right")],
-    "inner and outer": [("inner", "outer")],
-    "thick and thin": [("thick", "thin"), ("thicker", "thinner")],
-    "dark and white": [("dark", "white")],
-}
+SIDES = ("left", "right")
+RESULTS = records.RESULTS / "text-moves-phantom.jsonl"
 WORK = Path.home() / ".cache" / "bipvl-accuracy"
 DOCUMENT = ROOT / "docs" / "research" / "text.md"
 
@@ -59,45 +51,13 @@ def phantom_command(seeds: int = 3, steps: int = 100, cases: int = 16) -> None:
                 found = moves(task, patches(model, image), label[:, 0].long())
                 runs.append({"head": head, "wording": wording, "seed": seed, **found})
                 print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
-                save_runs(results("phantom"), runs, steps=steps, cases=cases)
-
-
-@app.command("scans")
-def scans_command(
-    files: Annotated[list[Path], typer.Argument(help="checkpoints")],
-    data: Annotated[Path, typer.Option(help="folder of the data set")],
-    patients: int = 12,
-    field: Annotated[tuple[float, float] | None, typer.Option(help="mm around the centre; size small: 192 192")] = None,
-    work: Annotated[Path, typer.Option(help="preprocessed volumes")] = WORK,
-) -> None:
-    """Ask trained versions for the first frame of test patients; results of other files in the JSON stay."""
-    runs = [r for r in records.read(results("scans")) if r["checkpoint"] not in {file.stem for file in files}]
-    for file in files:
-        model, task = checkpoints.restore_model(checkpoints.load(file), file)
-        held_out = split_cases(find_cases(data)).test
-        firsts = list({case["patient"]: case for case in reversed(held_out)}.values())[:patients]
-        volumes = list(Preprocessed(task, firsts, work / "volumes", field))
-        labels = torch.cat([v["label"].as_tensor().long().flatten() for v in volumes])
-        found = moves(task, scans(model.eval(), [v["image"] for v in volumes]), labels)
-        varied = task.training.mirror > 0 or task.training.drop_concepts > 0
-        runs.append({"head": task.model.head, "varied": varied, "checkpoint": file.stem, **found})
-        print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
-        save_runs(results("scans"), runs, task=task.name, patients=len(firsts))
+                save_runs(RESULTS, runs, steps=steps, cases=cases)
 
 
 @app.command("tables")
 def tables_command() -> None:
-    """Write the tables of both into the document."""
-    text = []
-    for name, title in (("phantom", "Phantom of left and right"), ("scans", "Cardiac MR")):
-        if runs := records.read(results(name)):
-            text += [f"### {title}\n", table(runs)]
-    insert(DOCUMENT, "text-moves", "\n".join(text))
-
-
-def results(name: str) -> Path:
-    """Where the runs of the phantom or of the scans are."""
-    return records.RESULTS / f"text-moves-{name}.jsonl"
+    """Write the table into the document."""
+    insert(DOCUMENT, "text-moves", table(records.read(RESULTS)))
 
 
 # Requests -------------------------------------------------------------------------------------------------------------
@@ -109,16 +69,6 @@ def patches(model: BiPVLSeg, image: Tensor) -> Predict:
     @torch.no_grad()
     def run(task: Task, rows: list[list[str]]) -> Tensor:
         return model(image, model.text.tokenize(rows)).logits.argmax(1)
-
-    return run
-
-
-def scans(model: BiPVLSeg, images: Sequence[Tensor]) -> Predict:
-    """Sliding windows, the voxels of all images in one line."""
-
-    def run(task: Task, rows: list[list[str]]) -> Tensor:
-        found = [predict(model, image, task, sentences=model.text.tokenize(rows)) for image in images]
-        return torch.cat([f.probabilities.argmax(0).flatten() for f in found])
 
     return run
 
@@ -141,19 +91,14 @@ def moves(task: Task, run: Predict, label: Tensor) -> dict[str, Any]:
         }
         result["requests"].append({"request": request, "words": words, "classes": classes})
 
-    for title, pairs in PAIRS.items():
-        other = rows
-        for pair in pairs:
-            other = exchanged_rows(other, *pair)
-        words = sum(
-            a != b
-            for old, new in zip(rows, other, strict=True)
-            for s, t in zip(old, new, strict=True)
-            for a, b in zip(s.split(), t.split(), strict=True)
-        )
-        if words:
-            twins = {0: 1, 1: 0} if task.name == "laterality" else {}
-            record(f"{title} exchanged", run(task, other), twins, words)
+    other = exchanged_rows(rows, *SIDES)
+    words = sum(
+        a != b
+        for old, new in zip(rows, other, strict=True)
+        for s, t in zip(old, new, strict=True)
+        for a, b in zip(s.split(), t.split(), strict=True)
+    )
+    record("left and right exchanged", run(task, other), {0: 1, 1: 0}, words)
     for i in range(len(names)):
         for j in range(i + 1, len(names)):
             other = list(rows)
@@ -178,7 +123,7 @@ def dice(a: Tensor, i: int, b: Tensor, j: int) -> float:
 
 def table(runs: list[dict[str, Any]]) -> str:
     """One row per request and class: for each kind of run mean and range over seeds of "stays" and "follows"."""
-    heads = sorted(set(map(column, runs)))
+    heads = sorted({r["head"] for r in runs})
     lines = [
         "| request | class | " + " | ".join(f"{h}: stays | {h}: follows" for h in heads) + " |",
         "|---|---|" + "---|" * 2 * len(heads),
@@ -188,23 +133,18 @@ def table(runs: list[dict[str, Any]]) -> str:
         some = [r for r in runs if r.get("wording", "") == wording]
         means = [f"| Dice against the reference ({wording or 'test'}) | {name} |" for name in some[0]["dice"]]
         for line, name in zip(means, some[0]["dice"], strict=True):
-            cells = [spread([r["dice"][name] for r in some if column(r) == h]) + " |" for h in heads]
+            cells = [spread([r["dice"][name] for r in some if r["head"] == h]) + " |" for h in heads]
             lines.append(f"{line} " + " | ".join(cells) + " |")
         for n, request in enumerate(some[0]["requests"]):
             for name in request["classes"]:
                 cells = []
                 for h in heads:
-                    found = [r["requests"][n]["classes"][name] for r in some if column(r) == h]
+                    found = [r["requests"][n]["classes"][name] for r in some if r["head"] == h]
                     moved = found[0]["to"] != name
                     cells.append(spread([f["stays"] for f in found]))
                     cells.append(spread([f["follows"] for f in found]) if moved else "")
                 lines.append(f"| {request['request']} | {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def column(run: dict[str, Any]) -> str:
-    """The head, and whether the sentences varied in training."""
-    return run["head"] + (", varied sentences" if run.get("varied") else "")
 
 
 def spread(values: list[float]) -> str:

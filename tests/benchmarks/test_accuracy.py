@@ -155,9 +155,8 @@ def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path: Path, monkeypa
 
     def run(patches: Patches, state: Path | None) -> tuple[dict[str, torch.Tensor], dict[str, list]]:
         network = training.build_network(spec, task)
-        curves = training.train(
-            network, task, patches, [], torch.device("cpu"), "float32", state=state, validate=lambda model: 0.5
-        )
+        cpu, half = torch.device("cpu"), {"validation": 0.5}
+        curves = training.train(network, task, patches, [], cpu, "float32", state=state, validate=lambda model: half)
         return network.state_dict(), curves
 
     monkeypatch.setattr(training, "text_state", lambda *_: {})
