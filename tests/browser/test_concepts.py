@@ -15,6 +15,8 @@ pytestmark = [needs_browser, pytest.mark.slow]
 
 expect = sync_api.expect
 expect.set_options(timeout=60_000)  # on a busy machine
+SENTENCES = "#sentences td > textarea"
+WAYS = ("Outline: sharp on every side.", "Smooth rim, easy to follow.", "Crisp, even border.")
 BEHAVED = "A bright tube beside the spine."
 HOSTILE = """<img src=x onerror="document.title='owned'"><script>document.title='owned'</script>"""
 
@@ -46,9 +48,32 @@ def said(visit, text):
     expect(visit.page.locator("#said")).to_contain_text(text)
 
 
+def reword(visit):
+    """Write three wordings of a sentence, the middle one last, and see that the last one is kept aside and checked."""
+    page = visit.page
+    ways = page.locator("tr").filter(has=page.get_by_label("aorta, contour")).locator("details")
+    ways.locator("summary").click()
+    while ways.get_by_role("button", name="Remove").count():
+        ways.get_by_role("button", name="Remove").first.click()
+    add = ways.get_by_role("button", name="Add a wording")
+    add.click()
+    page.keyboard.type(WAYS[0])  # it has the focus
+    expect(ways.locator(".hint")).to_have_text("At least two are needed, because the last is kept aside.")
+    add.click()
+    page.keyboard.type("Normal border.")
+    add.click()
+    page.keyboard.type(WAYS[1])
+    assert [mark.is_visible() for mark in ways.locator(".aside").all()] == [False, False, True]
+    page.get_by_role("button", name="Check").click()
+    expect(ways.locator("li").last.locator(".finding")).to_contain_text("diagnostic word 'normal'")
+    visit.picture("concepts-wordings")
+    ways.get_by_label("aorta: contour wording 3", exact=True).fill(WAYS[2])
+    return ways
+
+
 def test_edit_check_save_compare_sign_and_restore(visit):
     page = visit.page
-    assert page.locator("#sentences textarea").count() == 36
+    assert page.locator(SENTENCES).count() == 36
     expect(page.locator("#submit")).to_be_disabled()
     old = page.get_by_label("aorta, shape").input_value()
     page.get_by_label("aorta, shape").fill("A normal tube.")
@@ -58,20 +83,29 @@ def test_edit_check_save_compare_sign_and_restore(visit):
     expect(row.locator(".finding")).to_have_text("diagnostic word 'normal'; describe what is visible")
     visit.picture("concepts-checked")
     page.get_by_label("aorta, shape").fill(BEHAVED)
+    ways = reword(visit)
     page.get_by_role("button", name="Check").click()
     said(visit, "The check finds nothing.")
+    expect(page.locator("#count")).to_have_text("1 sentence and wordings of 1 sentence changed")
     page.get_by_label("Why").fill("shorter <i>words</i>")
     page.get_by_role("button", name="Save as a new revision").click()
     said(visit, "Revision 1 is saved.")
     expect(page.locator("tr.changed")).to_have_count(0)
     page.reload()
     expect(page.get_by_label("aorta, shape")).to_have_value(BEHAVED)
+    expect(ways.locator("summary")).to_have_text("3 wordings")
+    assert [area.input_value() for area in ways.locator("textarea").all()] == list(WAYS)
+    page.get_by_label("aorta, contour").fill("A ragged edge.")
+    expect(page.locator("tr.changed .hint").first).to_have_text("Its wordings still say the old.")
+    page.get_by_role("button", name="Undo my changes").click()
     first = page.locator("#history tr").nth(1)
     expect(first).to_contain_text(ACCOUNT["username"])
     expect(first).to_contain_text("shorter <i>words</i>")
 
     page.locator("#history tr").filter(has_text="the file").get_by_role("button", name="Compare").last.click()
-    expect(page.locator("tr.changed textarea")).to_have_value(old)
+    expect(page.locator("tr.changed td > textarea")).to_have_value(old)
+    expect(ways.locator("summary")).to_contain_text("changed")
+    assert ways.locator(".was").all_text_contents() == list(WAYS), "they are not in the file"
     page.get_by_label("Reviewed by").fill("Dr. N. N.")
     page.get_by_role("button", name="Mark the newest").click()
     said(visit, "save or undo your changes first")
@@ -179,19 +213,30 @@ def test_try_on_a_case_slice_by_slice_and_the_map(visit):
     visit.assert_clean()
 
 
+def as_a_viewer(route):
+    answer = route.fetch()
+    route.fulfill(response=answer, json={**answer.json(), "may_save": False})
+
+
 def test_markup_that_got_into_a_file_is_only_text(server, visit):
     """Somebody wrote it to the disk by hand: the page shows it and runs nothing."""
     folder = server.log.parent / "models" / "quickstart"
     revisions = Revisions(load_task("quickstart"), folder)
     saved = revisions.read(revisions.newest).model_dump(mode="json")
     saved["number"] = revisions.newest + 1
+    saved["concepts"]["classes"]["spleen"]["variants"] = {"shape": [HOSTILE, "Harmless."]}
     saved["who"] = saved["note"] = saved["concepts"]["classes"]["liver"]["sentences"]["shape"] = HOSTILE
     (revisions.folder / f"r{saved['number']:04d}.json").write_text(json.dumps(saved))
     page = visit.page
+    page.route("**/concepts/quickstart", as_a_viewer)
     page.reload()
     expect(page.get_by_label("liver, shape")).to_have_value(HOSTILE)
+    ways = page.locator("tr").filter(has=page.get_by_label("spleen, shape")).locator("details")
+    expect(ways.locator("textarea").first).to_have_value(HOSTILE)
+    expect(ways.locator("textarea").last).to_have_attribute("readonly", "")
+    assert page.locator("details button").count() == 0, "viewers read"
     expect(page.locator("#history tr").nth(1)).to_contain_text("onerror")
-    expect(page.locator(".finding.fatal")).to_have_text("sentences are plain text; found '<'")
+    expect(page.locator(".finding.fatal")).to_have_text(["sentences are plain text; found '<'"] * 2)
     assert page.locator("main img, main script").count() == 0
     assert page.title() == "Sentences of the classes"
     assert page.evaluate("document.documentElement.innerHTML.includes('<script>document.title')") is False
@@ -201,5 +246,5 @@ def test_markup_that_got_into_a_file_is_only_text(server, visit):
 def test_the_start_page_leads_here(visit):
     visit.page.goto(f"{visit.address}/")
     visit.page.get_by_role("link", name="Sentences").click()
-    expect(visit.page.locator("#sentences textarea")).to_have_count(36)
+    expect(visit.page.locator(SENTENCES)).to_have_count(36)
     visit.assert_clean()

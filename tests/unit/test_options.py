@@ -156,7 +156,7 @@ def test_a_run_is_named_like_no_file_beside_the_versions():
 
 @pytest.mark.parametrize("name", ["quickstart", "amos22-ct"])
 def test_what_clients_see_is_what_is_checked(name, tmp_path):
-    task = load_task(name, {"model.text": "scratch"})
+    task = load_task(name, {"model.text": "scratch", "model.text_frozen": "none"})
     infer, train = BiPVLInfer(task, tmp_path), BiPVLTrain(task, tmp_path)
     assert infer.info()["config"] == infer.options.offer()
     assert train.info()["config"] == train.options.offer()

@@ -55,7 +55,7 @@ def slicer(server: Server, tmp_path: Path) -> Slicer:
 
 @pytest.mark.parametrize("name", list_tasks())
 def test_every_option_has_a_widget_and_its_value_comes_back(name, tmp_path):
-    task = load_task(name, {"model.text": "scratch"})
+    task = load_task(name, {"model.text": "scratch", "model.text_frozen": "none"})
     model, trainer = BiPVLInfer(task, tmp_path), BiPVLTrain(task, tmp_path)
     kinds = {}
     for engine in (model, trainer):

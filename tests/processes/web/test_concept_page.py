@@ -17,6 +17,7 @@ from support.server import Server
 from support.training import SMALL
 
 TASK = load_task("quickstart")
+WAYS = {"liver": {"shape": [" Narrow, like a sickle. ", "A bow, and a slender one."]}}
 SHAPE = {"liver": {"shape": "A narrow crescent, thin on both sides."}}
 
 
@@ -70,11 +71,15 @@ def test_edit_save_sign_edit_and_restore(server):
     before = state(server)
     first = before["revision"]
     assert before["history"][-1]["number"] == 0 and before["served"] is None
-    answer = save(server, {"liver": {"shape": "  One narrow crescent. "}}, "ada", note="it is narrow here")
-    assert answer.json() == {"revision": first + 1}, answer.text
+    words = {"liver": {"shape": "  One narrow crescent. "}}
+    answer = save(server, words, "ada", variants=WAYS, note="it is narrow here")
+    assert answer.json() == {"revision": first + 1, "warnings": []}, answer.text
     now = state(server)
     assert now["classes"]["liver"]["shape"] == "One narrow crescent."
+    ways = {"shape": ["Narrow, like a sickle.", "A bow, and a slender one."]}
     assert now["classes"]["spleen"] == before["classes"]["spleen"]
+    assert now["variants"] == {**before["variants"], "liver": {**before["variants"]["liver"], **ways}}
+    assert not now["file_changed"]
     entry = now["history"][0]
     assert (entry["who"], entry["note"], entry["base"]) == ("ada", "it is narrow here", first)
     assert now["review"]["status"] == "unreviewed"
@@ -93,17 +98,24 @@ def test_edit_save_sign_edit_and_restore(server):
     assert restored["history"][0]["note"] == f"revision {first + 2} again"
     old = server.call("GET", f"/concepts/quickstart/revisions/{first + 3}").json()
     assert old["classes"]["liver"]["shape"] == "One wide crescent.", "nothing was lost"
-    assert send(server, "revisions/0/restore", base=first + 4).ok
+    assert old["variants"] == now["variants"], "nobody touched them"
+    assert save(server, {}, "ada", variants={"liver": {"shape": []}}).ok
+    reworded = state(server)
+    assert "shape" not in reworded["variants"]["liver"] and reworded["hash"] == signed["hash"]
+    assert reworded["review"]["status"] == "unreviewed", "nobody has signed other wordings"
+    assert send(server, "revisions/0/restore", base=first + 5).ok
     assert state(server)["hash"] == TASK.concepts.hash
 
 
 def test_the_check_tells_advice_from_what_cannot_be_used(server):
     base = state(server)["revision"]
     sentences = {"liver": {"shape": "A normal wedge."}, "spleen": {"texture": "wide " * 90}}
-    found = send(server, "check", "vera", sentences=sentences, base=base).json()["problems"]
+    variants = {"aorta": {"shape": ["A tube.", "A normal tube."]}}
+    found = send(server, "check", "vera", sentences=sentences, variants=variants, base=base).json()["problems"]
     assert {(p["class"], p["attribute"], p["fatal"]) for p in found} >= {
         ("liver", "shape", False),
         ("spleen", "texture", True),
+        ("aorta", "shape wording 2", False),
     }
     assert save(server, {"liver": {"shape": "A normal wedge."}}).ok, "advice is advice"
     assert any("diagnostic word 'normal'" in p["message"] for p in state(server)["problems"])
@@ -142,6 +154,14 @@ def test_bad_input_is_refused_and_changes_nothing(server, kind):
     [
         ("revisions", {"sentences": [1]}, 422, "sentences"),
         ("revisions", {"sentences": {"liver": {"shape": 5}}}, 422, "sentences"),
+        ("revisions", {"variants": {"liver": {"shape": "One way."}}}, 422, "variants"),
+        (
+            "revisions",
+            {"variants": {"liver": {"shape": ["One way."]}}},
+            400,
+            "shape: one wording; at least 2 are needed",
+        ),
+        ("check", {"variants": {"heart": WAYS["liver"]}}, 400, "unknown class 'heart'; valid are liver"),
         ("revisions", {"sentences": SHAPE, "base": 999}, 404, "no revision 999; valid are 0"),
         ("revisions", {"sentences": SHAPE, "base": -1}, 422, "base"),
         ("revisions", {"sentences": SHAPE, "note": "x" * 201}, 400, "note: one line"),

@@ -9,6 +9,8 @@ from lib.tasks import load_task
 from lib.tasks.revisions import Revisions
 from support import ROOT
 
+WORDINGS = ["A small bent disk.", "Flat, like a [bold]bean[/bold].", "Thin disk, concave."]
+
 
 def run(*arguments, width=200):
     return CliRunner().invoke(cli.app, ["concepts", *map(str, arguments)], env={"COLUMNS": str(width)})
@@ -16,8 +18,13 @@ def run(*arguments, width=200):
 
 @pytest.fixture
 def own(tmp_path):
-    """A concepts file with one other sentence, and a task file that names it."""
+    """A concepts file with one other sentence and three wordings of another, a task file that names it, and the shipped
+    sentences without any wording."""
     words = yaml.safe_load((ROOT / "concepts" / "quickstart.yaml").read_text())
+    for text in words["classes"].values():
+        text.pop("variants", None)
+    (tmp_path / "shipped.yaml").write_text(yaml.safe_dump(words))
+    words["classes"]["spleen"]["variants"] = {"shape": WORDINGS}
     words["classes"]["liver"]["sentences"]["shape"] = "The largest organ of the abdomen, a [red]broad[/red] crescent."
     (tmp_path / "words.yaml").write_text(yaml.safe_dump(words))
     task = yaml.safe_load((ROOT / "sample-apps-config" / "quickstart.yaml").read_text())
@@ -40,18 +47,38 @@ def test_show_prints_a_table_of_one_class_or_all(own):
     spleen, aorta = (load_task("quickstart").concepts.classes[n].sentences for n in ("spleen", "aorta"))
     for sentence in (*spleen.values(), *aorta.values()):
         assert sentence in result.output
-    assert "liver" not in result.output.replace("about as bright as liver", "") and "unreviewed" in result.output
+    assert "│ liver" not in result.output and "unreviewed" in result.output
     assert "[red]broad[/red]" in run("show", own / "words.yaml", "liver").output, "a sentence is not terminal markup"
     assert "spine" in run("show", own / "own.yaml").output
     assert "unknown class 'heart'; valid are liver" in str(run("show", "quickstart", "heart").exception)
 
 
+def test_show_prints_wordings_below_their_sentence_and_marks_the_one_kept_aside(own):
+    lines = run("show", own / "words.yaml", "spleen").output.splitlines()
+    (at,) = (n for n, line in enumerate(lines) if " shape " in line)
+    for number, (wording, line) in enumerate(zip(WORDINGS, lines[at + 1 :], strict=False), 1):
+        assert f"   wording {number}" in line and wording in line
+        assert ("kept aside" in line) is (number == 3)
+    assert " texture " in lines[at + 4], "the file's next"
+    assert "  wording" not in run("show", own / "words.yaml", "liver").output
+
+
+def test_diff_compares_wordings_too(own):
+    result = run("diff", own / "shipped.yaml", own / "words.yaml")
+    assert all(f"shape wording {n}" in result.output for n in (1, 2, 3)) and WORDINGS[2] in result.output
+    other = (own / "words.yaml").read_text().replace("Thin disk", "Slender disk")
+    (own / "other.yaml").write_text(other)
+    result = run("diff", own / "words.yaml", own / "other.yaml")
+    assert result.exit_code == 1 and result.output.count("shape wording") == 1
+    assert "shape wording 3" in result.output and "Slender disk, concave." in result.output
+
+
 def test_diff_shows_what_differs_and_says_so_by_its_exit_status(own):
     assert run("diff", "quickstart", ROOT / "concepts" / "quickstart.yaml").exit_code == 0
-    result = run("diff", "quickstart", own / "words.yaml")
+    result = run("diff", own / "shipped.yaml", own / "words.yaml")
     assert result.exit_code == 1
     assert "broad wedge" in result.output and "crescent." in result.output
-    assert result.output.count("shape") == 1 and "location" not in result.output
+    assert result.output.count(" shape  ") == 1 and "location" not in result.output
     result = run("diff", "quickstart", "msd-brain")
     assert result.exit_code == 1 and "whole tumor" in result.output and "liver" in result.output
 
