@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lib.app.cli import commands as cli
-from lib.tasks import load_concepts, load_task
+from lib.tasks import ATTRIBUTES, load_concepts, load_task
 from lib.tasks.generate import WRITTEN
 
 KEY, MODEL = "sk-right-and-secret", "describer-1"
@@ -23,9 +23,19 @@ TASK = load_task("quickstart")
 
 def sentences(name, **changes):
     """What a good model answers for a class."""
-    number = TASK.classes.index(name)
-    side = f" on the {name.split()[0]} side" if name.split()[0] in ("left", "right") else ""
+    number, side = TASK.classes.index(name), side_of(name)
     made = {a: f"Sentence {number} on the {a} of one rounded body{side}, seen beside its neighbours." for a in WRITTEN}
+    return {**made, **changes}
+
+
+def side_of(name):
+    return f" on the {name.split()[0]} side" if name.split()[0] in ("left", "right") else ""
+
+
+def wordings(name, count, attributes=ATTRIBUTES, **changes):
+    """What a good model answers if it is asked for wordings of a class."""
+    number, side = TASK.classes.index(name), side_of(name)
+    made = {a: [f"Way {n} to word the {a} of body {number}{side}." for n in range(1, count + 1)] for a in attributes}
     return {**made, **changes}
 
 
@@ -43,10 +53,12 @@ def good(name):
 
 class Endpoint:
     """A Chat Completions server. `script` holds what the next requests are answered with, as functions from the class
-    asked for to (status, body[, headers]); when it is empty, good answers follow. `requests` is what was received."""
+    asked for to (status, body[, headers]); when it is empty, good answers follow. `script_of_wordings` is that of the
+    requests for wordings. `requests` is what was received."""
 
     def __init__(self):
         self.script: list[Callable[[str], Any]] = []
+        self.script_of_wordings: list[Callable[[str], Any]] = []
         self.requests: list[dict[str, Any]] = []
         self.times: list[float] = []
         self.always: dict[str, Callable[[str], Any]] = {}  # class to its answer, whatever the script says
@@ -87,6 +99,8 @@ class Endpoint:
         name = asked(body)
         if name in self.always:
             return self.always[name](name)
+        if about_wordings(body):
+            return (self.script_of_wordings.pop(0) if self.script_of_wordings else reworded(body))(name)
         return (self.script.pop(0) if self.script else good)(name)
 
     def asked(self):
@@ -94,8 +108,27 @@ class Endpoint:
 
 
 def asked(body):
-    (name,) = re.findall(r"Describe the class '(.+?)'", body["messages"][1]["content"])
+    (name,) = re.findall(r"^(?:Describe|Reword the sentences of) the class '(.+?)'", question(body), re.MULTILINE)
     return name
+
+
+def question(body):
+    return body["messages"][1]["content"]
+
+
+def about_wordings(body):
+    return "Reword the sentences" in question(body)
+
+
+def given(body):
+    """The sentences that are to be reworded."""
+    return json.loads(question(body)[question(body).index("{") :])
+
+
+def reworded(body):
+    """A good answer to a request for wordings."""
+    (count,) = re.findall(r"each in (\d+) ways", question(body))
+    return lambda name: (200, completion(json.dumps(wordings(name, int(count), given(body)))))
 
 
 def error(message, code):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.tasks import load_task
+from lib.tasks import Task, load_task
 from lib.trainers import BiPVLTrain
 from support.helpers import tiny_task, write_nifti
 
@@ -37,6 +37,14 @@ def phantom_cases(studies, count):
 def small_trainer(folder, **changes):
     task = load_task("quickstart", {**SMALL, **changes})
     return BiPVLTrain(task, folder / task.name)
+
+
+def worded(task: Task, aside: str = "something that nobody trains with") -> Task:
+    """The task with two further wordings of its first class's shape, the last of which is kept aside."""
+    texts = task.concepts.classes
+    text = texts[task.classes[0]].model_copy(update={"variants": {"shape": ("other words for it", aside)}})
+    concepts = task.concepts.model_copy(update={"classes": {**texts, task.classes[0]: text}})
+    return task.model_copy(update={"concepts": concepts})
 
 
 # A channel a class, which can be damaged one by one. Three boxes of clear contrast are learned in a few dozen steps.

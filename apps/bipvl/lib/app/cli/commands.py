@@ -60,6 +60,7 @@ def train(
     gate_min_cases: Annotated[int | None, typer.Option(help="with fewer cases the model cannot be judged")] = None,
     gate_unjudged: Annotated[str | None, typer.Option(help=f"what cannot be judged: {' or '.join(UNJUDGED)}")] = None,
     gate_clicks: Annotated[int | None, typer.Option(help="cases on which a robot user clicks; 0: none")] = None,
+    gate_reading: Annotated[str | None, typer.Option(help="how much Dice may fall with unseen wordings")] = None,
     refiner: Annotated[int | None, typer.Option(help="simulated corrections for a refiner; 0: none")] = None,
     cross_validate: Annotated[bool | None, typer.Option(help="with fewer than five cases; default: the task's")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the round that was stopped")] = False,
@@ -86,6 +87,7 @@ def train(
         "gate_min_cases": gate_min_cases,
         "gate_unjudged": gate_unjudged,
         "gate_clicks": gate_clicks,
+        "gate_reading": gate_reading,
         "refiner": refiner,
         "cross_validate": cross_validate,
     }

@@ -21,6 +21,7 @@ from lib.model.tokens import check_text
 from lib.model.versions import Versions
 from lib.tasks import (
     ATTRIBUTES,
+    ClassText,
     Concepts,
     Task,
     TaskError,
@@ -32,6 +33,7 @@ from lib.tasks import (
     task_from_dict,
 )
 from lib.tasks import generate as drafting
+from lib.tasks.check import MAX_WORDINGS, worded
 from lib.tasks.generate import Drafter
 from lib.tasks.revisions import Revisions
 
@@ -78,7 +80,7 @@ def show(
     class_: Annotated[list[str] | None, typer.Argument(metavar="[CLASS]...", help="default: all")] = None,
     model_dir: ModelDirOption = DEFAULT_MODELS,
 ) -> None:
-    """Print sentences as a table, one row per attribute."""
+    """Print sentences as a table, one row per attribute, and below each its further wordings."""
     title, concepts = resolve(text, model_dir)
     unknown = [name for name in class_ or [] if name not in concepts.classes]
     if unknown:
@@ -86,8 +88,7 @@ def show(
     console.print(Text(f"{title}: {concepts.modality}, {_review(concepts)}, text {concepts.hash}"))
     table = Table("class", "attribute", "sentence", show_lines=False)
     for name in class_ or concepts.classes:
-        spoken = concepts.classes[name]
-        rows = [*spoken.sentences.items(), *((f"ambiguous {n}", s) for n, s in enumerate(spoken.ambiguous, 1))]
+        rows = list(_rows(concepts.classes[name]))
         for number, (attribute, sentence) in enumerate(rows):
             table.add_row(
                 Text(name if number == 0 else ""), attribute, Text(sentence), end_section=number == len(rows) - 1
@@ -101,7 +102,7 @@ def diff(
     second: Annotated[str, typer.Argument(help="likewise")],
     model_dir: ModelDirOption = DEFAULT_MODELS,
 ) -> None:
-    """Compare two texts sentence by sentence; the exit status is 1 if they differ."""
+    """Compare two texts, sentence by sentence and wording by wording; the exit status is 1 if they differ."""
     (left, before), (right, after) = resolve(first, model_dir), resolve(second, model_dir)
     changes = list(compare(before, after))
     heads = [Text(f"{title} ({_review(concepts)})") for title, concepts in ((left, before), (right, after))]
@@ -129,8 +130,12 @@ def generate(
     retries: Annotated[int, typer.Option(min=0, help="when the endpoint is busy or limits requests")] = 8,
     timeout: Annotated[float, typer.Option(min=1, help="seconds for one answer")] = 120,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace text that people wrote or reviewed")] = False,
+    variants: Annotated[
+        int, typer.Option(min=0, max=MAX_WORDINGS, help="wordings to draft of each sentence, 2 or more; 0: none")
+    ] = 0,
 ) -> None:
-    """Draft the sentences of each class with a language model; a person reviews them before they are used."""
+    """Draft the sentences of each class, or wordings of them, with a language model; a person reviews them before they
+    are used."""
     path, data = task_data(task)
     data.setdefault("concepts", f"{data.get('name', path.stem)}.yaml")
     target = out or concepts_file(path, data)
@@ -155,6 +160,7 @@ def generate(
             class_ or (),
             overwrite,
             lambda name, done, of: bar.update(line, description=name, completed=done, total=of),
+            variants,
         )
     for name, reason in outcome.failed.items():
         console.print(Text(f"{name}: no answer of {attempts} could be used; the last: {reason}", "red"))
@@ -164,7 +170,8 @@ def generate(
         )
         raise typer.Exit(1)
     if not target.is_file() or not outcome.drafted:
-        console.print(Text(f"{target}: every class has its sentences; --class NAME drafts one anew"))
+        what = "sentences and wordings" if variants else "sentences"
+        console.print(Text(f"{target}: every class has its {what}; --class NAME drafts one anew"))
         return
     console.print(Text(f"Written: {target}, status draft. Read it, correct it, and sign it (docs/using/sentences.md)."))
     for problem in drafting.remaining(blank, target):
@@ -218,7 +225,19 @@ def _sentences(concepts: Concepts, name: str) -> dict[str, str]:
     text = concepts.classes.get(name)
     if text is None:
         return {}
-    return {**text.sentences, **{f"ambiguous {n}": s for n, s in enumerate(text.ambiguous, 1)}}
+    wordings = {worded(a, n): w for a, own in text.variants.items() for n, w in enumerate(own, 1)}
+    return {**text.sentences, **wordings, **{f"ambiguous {n}": s for n, s in enumerate(text.ambiguous, 1)}}
+
+
+def _rows(text: ClassText) -> Iterator[tuple[str, str]]:
+    """What a table shows of a class: names of rows, and sentences."""
+    for attribute, sentence in text.sentences.items():
+        yield attribute, sentence
+        wordings = text.variants.get(attribute, ())
+        for number, wording in enumerate(wordings, 1):
+            yield f"  wording {number}{', kept aside' if number == len(wordings) else ''}", wording
+    for number, sentence in enumerate(text.ambiguous, 1):
+        yield f"ambiguous {number}", sentence
 
 
 def _marked(old: str, new: str) -> tuple[Text, Text]:
@@ -234,4 +253,4 @@ def _marked(old: str, new: str) -> tuple[Text, Text]:
 def _review(concepts: Concepts) -> str:
     review = concepts.review
     signed = " ".join(part for part in (f"by {review.by}" if review.by else "", review.date or "") if part)
-    return f"{review.status} {signed}".strip()
+    return " ".join(part for part in (review.status, f"of the {review.part}" if review.part else "", signed) if part)

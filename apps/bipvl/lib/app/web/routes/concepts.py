@@ -24,7 +24,7 @@ from lib.model.tokens import check_text
 from lib.model.versions import CheckpointError
 from lib.tasks import ATTRIBUTES, Review, Task, TaskError
 from lib.tasks.check import Problem
-from lib.tasks.revisions import Revisions
+from lib.tasks.revisions import Revisions, with_wordings
 from lib.tasks.wording import markup
 from lib.upstream import device_list, name_to_device
 from lib.volumes.transforms import apply, load
@@ -43,6 +43,7 @@ HEADERS = {
 }
 
 Sentences = dict[str, dict[str, str]]
+Variants = dict[str, dict[str, list[str]]]
 
 
 class Text(BaseModel):
@@ -52,10 +53,17 @@ class Text(BaseModel):
     base: int = Field(0, ge=0)
 
 
-class Saved(Text):
-    """A text to keep, and a line on why."""
+class Worded(Text):
+    """Sentences, and all wordings of some of them: class → attribute → wordings, of which the last is kept aside."""
+
+    variants: Variants = {}
+
+
+class Saved(Worded):
+    """A text to keep, and a line on why. anyway: also if the served version misreads it."""
 
     note: str = ""
+    anyway: bool = True
 
 
 class Base(BaseModel):
@@ -128,6 +136,7 @@ def concept_routes(services: Services) -> APIRouter:
             "head": text.model.head,
             "attributes": ATTRIBUTES,
             "classes": _classes(text),
+            "variants": _variants(text),
             "colors": {name: _css(entry.color) for name, entry in _structures(text).items()},
             "revision": newest,
             "hash": text.concepts.hash,
@@ -135,7 +144,7 @@ def concept_routes(services: Services) -> APIRouter:
             "damaged": damaged,
             "problems": _problems(check_text(text, engine.versions)),
             "history": [_hidden(services, entry) for entry in history],
-            "file_changed": bool(newest) and history[0].get("file") != revisions.task.concepts.hash,
+            "file_changed": revisions.file_changed,
             "served": _served(engine, history),
             "images": images[:MOST_IMAGES],
             "may_save": ROLES.index(user.role) >= ROLES.index(needed),
@@ -144,25 +153,33 @@ def concept_routes(services: Services) -> APIRouter:
     @routes.get("/concepts/{model}/revisions/{number}", tags=["Concepts"], summary="The sentences of a revision")
     def revision(model: str, number: int) -> dict[str, Any]:
         text = _revision(revisions_of(model), number)
-        return {"number": number, "review": text.concepts.review.model_dump(), "classes": _classes(text)}
+        review = text.concepts.review.model_dump()
+        return {"number": number, "review": review, "classes": _classes(text), "variants": _variants(text)}
 
     @routes.post("/concepts/{model}/check", tags=["Concepts"], summary="Check sentences without keeping them")
-    def check(model: str, asked: Text) -> dict[str, Any]:
-        text = _revision(revisions_of(model), asked.base).with_concepts(asked.sentences)
-        return {"problems": _problems(check_text(text, engine_of(model).versions))}
+    def check(model: str, asked: Worded) -> dict[str, Any]:
+        text = with_wordings(_revision(revisions_of(model), asked.base).with_concepts(asked.sentences), asked.variants)
+        engine = engine_of(model)
+        misread = engine.misreadings(text)
+        told = [Problem(name, "", "", message) for name, message in misread.items()]
+        return {"problems": _problems([*told, *check_text(text, engine.versions)])}
 
     @routes.post("/concepts/{model}/revisions", tags=["Concepts"], summary="Save sentences as the next revision")
     def save(user: Asker, model: str, asked: Saved) -> dict[str, Any]:
         revisions = revisions_of(model)
         before = _revision(revisions, asked.base)
-        text = before.with_concepts(_trimmed(asked.sentences))
-        if text.concepts.hash == before.concepts.hash:
-            raise HTTPException(400, "nothing to save: no sentence differs")
+        text = with_wordings(before.with_concepts(_trimmed(asked.sentences)), asked.variants)
+        if text.concepts == before.concepts:
+            raise HTTPException(400, "nothing to save: no sentence differs, and no wording")
         # A draft with some sentences corrected is still a draft; a signature does not hold for other words.
         if before.concepts.review.status == "reviewed":
             text = _reviewed(text, Review(status="unreviewed"))
-        _refuse_unusable(check_text(text, engine_of(model).versions))
-        return {"revision": revisions.save(text, asked.base, user.name, asked.note.strip())}
+        engine = engine_of(model)
+        _refuse_unusable(check_text(text, engine.versions))
+        warnings = list(engine.misreadings(text).values())
+        if warnings and not asked.anyway:
+            return {"revision": None, "warnings": warnings}
+        return {"revision": revisions.save(text, asked.base, user.name, asked.note.strip()), "warnings": warnings}
 
     @routes.post("/concepts/{model}/revisions/{number}/restore", tags=["Concepts"], summary="Go back to a revision")
     def restore(user: Asker, model: str, number: int, asked: Base) -> dict[str, Any]:
@@ -254,6 +271,10 @@ def _trimmed(sentences: Sentences) -> Sentences:
 
 def _classes(text: Task) -> Sentences:
     return {name: dict(text.concepts.classes[name].sentences) for name in text.classes}
+
+
+def _variants(text: Task) -> dict[str, dict[str, tuple[str, ...]]]:
+    return {name: text.concepts.classes[name].variants for name in text.classes}
 
 
 def _problems(problems: list[Problem]) -> list[dict[str, Any]]:

@@ -1,11 +1,12 @@
-// The concept page: which task, its sentences, what was edited, saved, signed and tried.
+// The concept page: which task, its sentences and their wordings, what was edited, saved, signed and tried.
 
-import { ask, byId, element, run, swatch } from './parts.js'
+import { ask, byId, element, grow, run, swatch } from './parts.js'
 import { Trial } from './trial.js'
+import { Wordings } from './wordings.js'
 
 let state = null // what the server says of the task
 let shown = {} // class → attribute → sentence, as in the table
-let fields = [] // {name, attribute, row, area, under}
+let fields = [] // {name, attribute, row, area, under, wordings}
 
 const trial = new Trial(() => ({ model: state.model, base: state.revision, sentences: edits(), colors: state.colors }))
 
@@ -18,7 +19,16 @@ function edits() {
   return result
 }
 
-const edited = () => Object.values(edits()).reduce((n, own) => n + Object.keys(own).length, 0)
+// Likewise of the wordings, class → attribute → all of them.
+function rewordings() {
+  const result = {}
+  for (const { name, attribute, wordings } of fields)
+    if (wordings.changed) (result[name] ??= {})[attribute] = wordings.value
+  return result
+}
+
+const size = (changes) => Object.values(changes).reduce((n, own) => n + Object.keys(own).length, 0)
+const edited = () => size(edits()) + size(rewordings())
 
 async function open(model) {
   state = await ask(model)
@@ -34,9 +44,9 @@ async function open(model) {
 
 function heading() {
   const { review, served, text_format: format } = state
-  byId('review').textContent = review.status === 'draft' ? 'draft of a language model' : review.status
+  byId('review').textContent = review.status === 'draft' ? `${review.part ?? 'draft'} of a language model` : review.status
   byId('review').className = review.status === 'reviewed' ? 'badge good' : 'badge'
-  const signed = review.by ? `, ${review.status === 'draft' ? 'written' : 'reviewed'} by ${review.by} on ${review.date}` : ''
+  const signed = review.by ? `, ${review.status === 'draft' ? `${review.part ?? ''} written`.trim() : 'reviewed'} by ${review.by} on ${review.date}` : ''
   const text = state.revision ? `revision ${state.revision}` : 'the concepts file'
   byId('about').textContent = `${state.description}. ${state.modality}, ${Object.keys(state.classes).length} classes. Shown: ${text}${signed}.`
   byId('standing').textContent = standing(served, text)
@@ -71,15 +81,16 @@ function table() {
       const area = element('textarea', { rows: 1, spellcheck: true, maxLength: 1000 })
       area.setAttribute('aria-label', `${name}, ${attribute}`)
       const under = element('div')
+      const wordings = new Wordings(`${name}: ${attribute}`, state.may_save, refresh)
       const row = element('tr', {},
         element('td', { className: 'name' }, ...(i ? [] : [swatch(state.colors[name]), name])),
         element('td', { className: 'attribute' }, attribute),
-        element('td', {}, area, under))
+        element('td', {}, area, under, wordings.fold))
       area.addEventListener('input', () => {
         shown[name][attribute] = area.value
         refresh()
       })
-      fields.push({ name, attribute, row, area, under })
+      fields.push({ name, attribute, row, area, under, wordings })
       body.append(row)
     })
     return body
@@ -88,36 +99,50 @@ function table() {
   fill()
 }
 
-// Put what is in `shown` into the fields.
-function fill() {
-  for (const { name, attribute, area } of fields) area.value = shown[name][attribute]
+// Put what is in `shown`, and wordings, into the fields.
+function fill(variants = state.variants) {
+  for (const { name, attribute, area, wordings } of fields) {
+    area.value = shown[name][attribute]
+    wordings.show(variants[name]?.[attribute] ?? [], state.variants[name]?.[attribute] ?? [])
+  }
   refresh()
 }
 
 function refresh() {
   const changes = edits()
-  for (const { name, attribute, row, area, under } of fields) {
+  for (const { name, attribute, row, area, under, wordings } of fields) {
     const changed = changes[name]?.[attribute] !== undefined
     row.className = changed ? 'changed' : ''
-    under.replaceChildren(...(changed ? [element('div', { className: 'was' }, state.classes[name][attribute])] : []))
+    under.replaceChildren()
+    if (changed) under.append(element('div', { className: 'was' }, state.classes[name][attribute]))
+    if (changed && wordings.now.length && !wordings.changed) under.append(element('div', { className: 'hint' }, 'Its wordings still say the old.'))
+    wordings.mark()
     grow(area)
   }
-  const n = edited()
-  byId('count').textContent = n ? `${n} sentence${n > 1 ? 's' : ''} changed` : 'Nothing changed'
-  byId('save').classList.toggle('edited', n > 0)
-  byId('submit').disabled = !n || !state.may_save
-  byId('undo').disabled = !n
+  const plural = (n) => `${n} sentence${n > 1 ? 's' : ''}`
+  const sentences = size(changes)
+  const reworded = size(rewordings())
+  const parts = [sentences && plural(sentences), reworded && `${sentences ? 'wordings' : 'Wordings'} of ${plural(reworded)}`].filter(Boolean)
+  byId('count').textContent = parts.length ? `${parts.join(' and ')} changed` : 'Nothing changed'
+  byId('save').classList.toggle('edited', parts.length > 0)
+  byId('submit').disabled = !parts.length || !state.may_save
+  byId('undo').disabled = !parts.length
 }
 
-function grow(area) {
-  area.style.height = 'auto'
-  if (area.scrollHeight) area.style.height = `${area.scrollHeight + 2}px`
+function growAll() {
+  for (const { area, wordings } of fields) {
+    grow(area)
+    wordings.grow()
+  }
 }
 
 function findings(problems) {
   const rest = problems.filter(({ class: name, attribute, message, fatal }) => {
-    const field = fields.find((f) => f.name === name && f.attribute === attribute)
-    field?.under.append(element('div', { className: fatal ? 'finding fatal' : 'finding' }, message))
+    const [own, number] = attribute.split(' wording ')
+    const field = fields.find((f) => f.name === name && f.attribute === own)
+    const finding = element('div', { className: fatal ? 'finding fatal' : 'finding' }, message)
+    if (number) return !field?.wordings.find(Number(number), finding)
+    field?.under.append(finding)
     return !field
   })
   const where = (p) => [p.class, p.attribute].filter(Boolean).join(', ')
@@ -149,9 +174,10 @@ function history() {
 }
 
 async function load(number) {
-  shown = (await ask(`${state.model}/revisions/${number}`)).classes
-  fill()
-  return edited() ? '' : 'The same sentences as the newest.'
+  const { classes, variants } = await ask(`${state.model}/revisions/${number}`)
+  shown = classes
+  fill(variants)
+  return edited() ? '' : 'The same sentences and wordings as the newest.'
 }
 
 // Save, restore or sign; then show what there is.
@@ -161,18 +187,33 @@ async function change(path, body) {
   return `Revision ${revision} is saved.`
 }
 
+// What the served version would misread is saved only after a second look.
+async function keep(body) {
+  const { revision, warnings } = await ask(`${state.model}/revisions`, { base: state.revision, ...body, anyway: false })
+  if (revision) {
+    await open(state.model)
+    return `Revision ${revision} is saved.`
+  }
+  const lines = warnings.map((text) => `${text[0].toUpperCase()}${text.slice(1)}.`)
+  if (window.confirm([...lines, 'Save it all the same?'].join('\n'))) return change('revisions', body)
+  return `Nothing was saved. ${lines.join(' ')}`
+}
+
 // If somebody else has saved in between, what was edited here stays: on top of what they saved.
 async function save() {
   const mine = edits()
+  const reworded = rewordings()
   const note = byId('note').value
   try {
-    return await change('revisions', { sentences: mine, note })
+    return await keep({ sentences: mine, variants: reworded, note })
   } catch (error) {
     if (error.status !== 409) throw error
     await open(state.model)
     byId('note').value = note
+    const variants = structuredClone(state.variants)
     for (const [name, sentences] of Object.entries(mine)) Object.assign(shown[name] ?? {}, sentences)
-    fill()
+    for (const [name, own] of Object.entries(reworded)) Object.assign(variants[name] ?? {}, own)
+    fill(variants)
     throw new Error(`${error.message}. Your changes are in the table, on top of the newest: look at them, and save again`)
   }
 }
@@ -186,7 +227,7 @@ byId('model').addEventListener('change', (event) => {
 })
 byId('filter').addEventListener('change', (event) => {
   for (const body of byId('sentences').tBodies) body.hidden = Boolean(event.target.value) && body.dataset.class !== event.target.value
-  for (const { area } of fields) grow(area)
+  growAll()
 })
 byId('undo').addEventListener('click', () => {
   shown = structuredClone(state.classes)
@@ -194,7 +235,7 @@ byId('undo').addEventListener('click', () => {
 })
 byId('check').addEventListener('click', (event) =>
   run(event.target, byId('said'), 'Checking …', async () => {
-    const { problems } = await ask(`${state.model}/check`, { base: state.revision, sentences: edits() })
+    const { problems } = await ask(`${state.model}/check`, { base: state.revision, sentences: edits(), variants: rewordings() })
     refresh()
     findings(problems)
     document.querySelector('.finding')?.scrollIntoView({ block: 'center' })
@@ -215,7 +256,7 @@ byId('sign').addEventListener('submit', (event) => {
 window.addEventListener('beforeunload', (event) => {
   if (state && edited()) event.preventDefault()
 })
-window.addEventListener('resize', () => fields.forEach(({ area }) => grow(area)))
+window.addEventListener('resize', growAll)
 
 run(byId('check'), byId('said'), '', async () => {
   const models = Object.keys((await ask('../info/')).models)

@@ -19,6 +19,12 @@ export function swatch(color) {
   return made
 }
 
+// As high as its text.
+export function grow(area) {
+  area.style.height = 'auto'
+  if (area.scrollHeight) area.style.height = `${area.scrollHeight + 2}px`
+}
+
 // The answer's JSON; what the server refuses is an error with the server's sentence.
 export async function ask(path, body) {
   const options = body === undefined ? {} : { method: 'POST', headers: { 'Content-Type': 'application/json' }, body: JSON.stringify(body) }
