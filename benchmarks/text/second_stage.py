@@ -18,8 +18,7 @@ from lib.model.losses import segmentation_loss
 from lib.model.nets import BiPVLSeg, build_model
 from lib.model.nets.heads import TextHead, distinction
 from lib.tasks import Task
-from lib.trainers.objective import Wordings
-from lib.trainers.objective.network import _only
+from lib.trainers.objective import Wordings, of_classes
 
 DRAWS = 8  # texts a patch
 NOISE = 0.5  # standard deviation on D, whose own is 1
@@ -74,7 +73,7 @@ def teach(model: BiPVLSeg, task: Task, patches: Patches | Sequence[tuple[Tensor,
             apart = apart + NOISE * torch.randn_like(apart)
             nothing = output.text.new_zeros(len(image), sentences.classes, output.text.shape[-1])
             logits = head(output.features, nothing, apart)
-            losses.append(segmentation_loss(logits, _only(label, reading.classes, count, task.overlapping)))
+            losses.append(segmentation_loss(logits, of_classes(label, reading.classes, count, task.overlapping)))
         loss = torch.stack(losses).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -9,8 +9,7 @@ from lib.model.nets import build_model
 from lib.tasks import ATTRIBUTES, ClassText, load_task
 from lib.tasks.absent import absent_texts
 from lib.tasks.wording import misspelt
-from lib.trainers.objective import ABSENT, TrainingNetwork
-from lib.trainers.objective.network import _only
+from lib.trainers.objective import ABSENT, TrainingNetwork, of_classes
 from lib.trainers.objective.wordings import NAME
 from support.helpers import concepts, tiny_overlapping_task, tiny_task
 
@@ -110,13 +109,13 @@ def test_what_is_replaced_is_background_and_what_is_absent_has_no_voxel(make):
     overlapping = make is tiny_overlapping_task
     if overlapping:
         label = torch.tensor([[[1, 0]], [[0, 1]]]).view(1, 2, 2, 1, 1)
-        found = _only(label, torch.tensor([1, ABSENT, ABSENT]), 2, True)
+        found = of_classes(label, torch.tensor([1, ABSENT, ABSENT]), 2, True)
         assert found[0, :, :, 0, 0].tolist() == [[0, 1], [0, 0], [0, 0]]
         return
     label = torch.arange(4).view(1, 1, 4, 1, 1)
-    assert _only(label, torch.tensor([ABSENT, 1, 2]), 3, False).flatten().tolist() == [0, 0, 2, 3]
-    assert _only(label, torch.tensor([0, 1, 2, ABSENT]), 3, False).flatten().tolist() == [0, 1, 2, 3]
-    assert _only(label, torch.tensor([ABSENT] * 3), 3, False).flatten().tolist() == [0, 0, 0, 0]
+    assert of_classes(label, torch.tensor([ABSENT, 1, 2]), 3, False).flatten().tolist() == [0, 0, 2, 3]
+    assert of_classes(label, torch.tensor([0, 1, 2, ABSENT]), 3, False).flatten().tolist() == [0, 1, 2, 3]
+    assert of_classes(label, torch.tensor([ABSENT] * 3), 3, False).flatten().tolist() == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("make", [tiny_task, tiny_overlapping_task])

@@ -57,7 +57,7 @@ class TrainingNetwork(nn.Module):
             sentences, classes = reading.sentences, reading.classes
             if reading.mirrored:
                 image, label = image.flip(LEFT_RIGHT), label.flip(LEFT_RIGHT)
-            label = _only(label, classes, len(task.classes), task.overlapping)
+            label = of_classes(label, classes, len(task.classes), task.overlapping)
             # Of an absent class it is known that no voxel is its.
             annotated = None if annotated is None else annotated[:, classes] | (classes == ABSENT).to(annotated.device)
         output = self.model(image, sentences)
@@ -129,7 +129,7 @@ def unwrapped(network: Any) -> TrainingNetwork:
     return network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
 
 
-def _only(label: Tensor, classes: Tensor, count: int, overlapping: bool) -> Tensor:
+def of_classes(label: Tensor, classes: Tensor, count: int, overlapping: bool) -> Tensor:
     """A label of `count` classes as one of the given classes alone; those that are absent have no voxel."""
     if len(classes) == count and ABSENT not in classes:
         return label
