@@ -25,7 +25,6 @@ SMALL: dict[str, Any] = {
     "training.learning_rate": 1e-2,
     "training.language_learning_rate": 1e-4,
     "training.patches_per_case": 1,
-    "training.vary_wording": 0.0,  # a BERT from scratch learns words by heart
 }
 # Likewise for the abdomen, whose volumes are larger: one patch holds most of one.
 ABDOMEN: dict[str, Any] = {**SMALL, "spacing": [6.0, 6.0, 6.0]}

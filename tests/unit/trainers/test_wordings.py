@@ -27,7 +27,7 @@ def task_for(make=tiny_task, **training):
     said = concepts(list(task.classes), task.modality)
     for name in task.classes:
         said["classes"][name]["variants"] = {a: [f"{a} of {name} again", f"{a} of {name} aside"] for a in ATTRIBUTES}
-    return make(patch=PATCH, model=MODEL, training=training, concepts=said)
+    return make(patch=PATCH, model=MODEL, training={"vary_wording": 1.0, **training}, concepts=said)
 
 
 def network_for(task):
@@ -185,6 +185,13 @@ def test_typing_errors():
     said = [s for _, rows in texts for row in rows for s in row]
     right = {letters(s) for name, t in task_for().concepts.classes.items() for s in (name, *t.written())}
     assert 0.4 < sum(letters(s) not in right for s in said) / len(said) < 0.6
+
+
+def test_an_encoder_from_scratch_draws_none_unless_it_is_asked_to():
+    said = task_for().concepts.model_dump()
+    assert not tiny_task(patch=PATCH, model=MODEL, concepts=said).varied
+    assert tiny_task(patch=PATCH, model={**MODEL, "text": "minilm"}, concepts=said).varied
+    assert task_for().varied and not load_task("quickstart").varied and load_task("acdc-mr").vary_wording == 1
 
 
 def test_one_wording_alone_is_refused():

@@ -146,7 +146,7 @@ class Training(StrictModel):
     drop_classes: Annotated[float, Field(ge=0, le=1)] = 0.0  # text head: share of steps that know some classes only
     drop_concepts: Annotated[float, Field(ge=0, le=1)] = 0.0  # text head: share of steps that read some sentences only
     mirror: Annotated[float, Field(ge=0, le=1)] = 0.0  # text head: share of steps that mirror patient and words
-    vary_wording: Annotated[float, Field(ge=0, le=1)] = 1.0  # text head: share of steps that draw among wordings
+    vary_wording: Annotated[float, Field(ge=0, le=1)] | None = None  # text head: share that draws (`Task.vary_wording`)
     typing_errors: Annotated[float, Field(ge=0, le=1)] = 0.0  # text head: share of sentences with a typing error
     absent: Annotated[float, Field(ge=0, le=1)] = 0.0  # text head: share of steps with texts of what is not there
     global_weight: Annotated[float, Field(ge=0)] = 1.0
@@ -269,9 +269,16 @@ class Task(StrictModel):
     def varied(self) -> bool:
         """True if training steps read more than the task's own sentences (`lib.trainers.objective.wordings`)."""
         recipe, texts = self.training, self.concepts.classes.values()
-        worded = recipe.vary_wording > 0 and any(text.variants for text in texts)
+        worded = self.vary_wording > 0 and any(text.variants for text in texts)
         reads = self.model.head == "text" and self.model.text_format == "concepts"
         return reads and (worded or recipe.typing_errors > 0 or recipe.absent > 0)
+
+    @property
+    def vary_wording(self) -> float:
+        """Share of the steps that draw among the wordings of each sentence; by default all, and none with a text
+        encoder from scratch, which learns words by heart."""
+        given = self.training.vary_wording
+        return float(self.model.text != "scratch") if given is None else given
 
     @property
     def lateralised(self) -> tuple[str, ...]:

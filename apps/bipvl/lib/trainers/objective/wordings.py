@@ -54,7 +54,7 @@ class Wordings:
     """
 
     def __init__(self, task: Task, text: StageDividedBert) -> None:
-        self.recipe, self.text = task.training, text
+        self.recipe, self.text, self.share = task.training, text, task.vary_wording
         self.rows = task.text_rows()
         self.bank: Sentences | None = None
         self.held: Reading | None = None  # of the last step
@@ -105,7 +105,7 @@ class Wordings:
             return self.held
         if torch.rand(()) < recipe.absent:
             classes = self._with_absent(classes)
-        vary = bool(torch.rand(()) < recipe.vary_wording)
+        vary = bool(torch.rand(()) < self.share)
         drawn = [
             self._absent(concepts) if n == ABSENT else [self._wording(n, k, vary, mirror) for k in concepts.tolist()]
             for n in classes.tolist()
