@@ -164,10 +164,10 @@ def hippocampus_command(
         execute(run, data, "validation", False, "float32", torch.device("cpu"), 0, results, work)
     model, trained = checkpoints.restore_model(checkpoints.load(file), file)
     patches = Patches(trained, list(Preprocessed(trained, split.training, work / "volumes")), steps, 1 + run.seed)
-    model = plain(model, trained_plain(trained), [patches[n][0] for n in range(FOR_T)])
-    teach(model, trained_plain(trained), patches, run.seed)
-    taught = checkpoints.checkpoint_of(model, trained_plain(trained), {})
-    checkpoint = as_published(taught, task, split, run, file)
+    own = with_plain_head(trained)
+    model = plain(model, own, [patches[n][0] for n in range(FOR_T)])
+    teach(model, own, patches, run.seed)
+    checkpoint = as_published(checkpoints.checkpoint_of(model, own, {}), task, split, run, file)
     checkpoint["manifest"]["options"]["second_stage"] = steps
     if places := find_places(model, task, split.training[:FOR_PLACES]):
         checkpoint[PLACES] = places.to_entry()
@@ -186,7 +186,7 @@ def hippocampus_command(
     ship(checkpoint, scores, out)
 
 
-def trained_plain(task: Task) -> Task:
+def with_plain_head(task: Task) -> Task:
     """The task with a head that reads D alone."""
     return task.model_copy(update={"model": task.model.model_copy(update={"head_text": "plain"})})
 

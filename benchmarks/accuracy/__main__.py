@@ -51,6 +51,7 @@ from benchmarks.accuracy.training import (
 from benchmarks.documents import insert
 from lib.model import checkpoints
 from lib.model.nets import BiPVLSeg
+from lib.model.nets.text import Sentences
 from lib.tasks import Task
 from lib.trainers.objective import TrainingNetwork
 
@@ -128,10 +129,9 @@ def execute(
     aside = task.concepts.aside(task.classes) if task.varied else None
 
     def validate(model: nn.Module) -> dict[str, float]:
-        texts = {
-            "validation": None,
-            **({"aside": model.text.tokenize(aside)} if isinstance(model, BiPVLSeg) and aside else {}),
-        }
+        texts: dict[str, Sentences | None] = {"validation": None}
+        if aside and isinstance(model, BiPVLSeg):
+            texts["aside"] = model.text.tokenize(aside)
         return {
             name: scores(score(task, split.validation, segment(model, task, watched, text)))["mean"]["mean"]["dice"]
             for name, text in texts.items()

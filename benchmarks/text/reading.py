@@ -33,6 +33,7 @@ from benchmarks import ROOT, records
 from benchmarks.accuracy.__main__ import WORK, commit, hardware
 from benchmarks.accuracy.data import SHARES, SPLITS, Preprocessed, find_cases, split_cases
 from benchmarks.documents import insert
+from benchmarks.shipped_model import FOR_PLACES
 from lib.model import checkpoints
 from lib.model.nets import BiPVLSeg
 from lib.model.nets.reading import misread
@@ -52,7 +53,6 @@ PAIRS: dict[str, tuple[str, str]] = {
     "quickstart": ("left", "right"),
 }
 ABSENT_TEXTS = 2  # of each kind
-FOR_PLACES = 20  # training cases in which the places of classes are looked for
 WRONG = 0.5  # Dice with the masks of the own text below which a text is drawn wrong
 
 Rows = list[list[str]]

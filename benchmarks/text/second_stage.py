@@ -11,21 +11,21 @@ import json
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.accuracy.data import Patches
 from lib.model.losses import segmentation_loss
 from lib.model.nets import BiPVLSeg, build_model
-from lib.model.nets.heads import TextHead, distinction
+from lib.model.nets.heads import TextHead
 from lib.tasks import Task
 from lib.trainers.objective import Wordings, of_classes
+from lib.trainers.recipe import descend
 
 DRAWS = 8  # texts a patch
 NOISE = 0.5  # standard deviation on D, whose own is 1
 RATE, DECAY = 3e-3, 1e-2
 WARM_UP = 0.1
 FOR_T = 8  # patches over which T is averaged
-CLIP = 1.0
 
 
 def plain(model: BiPVLSeg, task: Task, images: Sequence[Tensor]) -> BiPVLSeg:
@@ -51,12 +51,11 @@ def plain(model: BiPVLSeg, task: Task, images: Sequence[Tensor]) -> BiPVLSeg:
 def teach(model: BiPVLSeg, task: Task, patches: Patches | Sequence[tuple[Tensor, ...]], seed: int) -> None:
     """Train the head in place, one step a batch of patches; everything else stays as it is, bit for bit."""
     torch.manual_seed(seed)
-    head, text, wordings = model.head, model.text, Wordings(task, model.text)
-    assert isinstance(head, TextHead) and head.reader.plain
+    head, wordings = model.head, Wordings(task, model.text)
+    assert isinstance(head, TextHead) and head.reader.plain and model.text.frozen
     optimizer = torch.optim.AdamW(head.parameters(), lr=RATE, weight_decay=DECAY)
     steps, count = len(patches), len(task.classes)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=WARM_UP)
-    own = text.read().meaning.unflatten(0, (count, -1)).detach()
     total = 0.0
     for step in range(steps):
         image, label = patches[step][:2]
@@ -66,19 +65,14 @@ def teach(model: BiPVLSeg, task: Task, patches: Patches | Sequence[tuple[Tensor,
         losses = []
         for _ in range(DRAWS):
             reading = wordings.draw()
-            sentences = reading.sentences
-            assert sentences.whole is not None and sentences.rows is not None, "the encoder is frozen"
-            meaning = text.read(sentences.whole).select(sentences.rows).meaning
-            apart = distinction(meaning.unflatten(0, (sentences.classes, -1)), own, sentences.concepts)
+            _, apart = model.read(reading.sentences)
             apart = apart + NOISE * torch.randn_like(apart)
-            nothing = output.text.new_zeros(len(image), sentences.classes, output.text.shape[-1])
+            nothing = output.text.new_zeros(len(image), len(apart), output.text.shape[-1])
             logits = head(output.features, nothing, apart)
             losses.append(segmentation_loss(logits, of_classes(label, reading.classes, count, task.overlapping)))
         loss = torch.stack(losses).mean()
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(head.parameters(), CLIP)
-        optimizer.step()
+        descend(loss, optimizer)
         schedule.step()
         total += float(loss.detach())
         if (step + 1) % 50 == 0:

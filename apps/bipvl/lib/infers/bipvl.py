@@ -106,7 +106,8 @@ class BiPVLInfer(InferInterface):
         # others draw a class too large if nothing competes with it (docs/research/text.md), so the rest is hidden.
         if task.model.head == "text" and task.training.drop_classes > 0:
             task = task.only(options.classes)
-        warnings = [*loaded.warnings, *self._other_text(loaded), *loaded.misreadings(task).values()]
+        misread = loaded.misreadings(task).values() if options.concepts else ()
+        warnings = [*loaded.warnings, *self._other_text(loaded), *misread]
         return Segmentation(options, loaded, task, self.task, warnings, made, watch)(chosen, callbacks)
 
     def predict(

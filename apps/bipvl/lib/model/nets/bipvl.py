@@ -85,7 +85,7 @@ class BiPVLSeg(nn.Module):
                 describe other classes, and any number of them.
         """
         classes = sentences.classes if sentences else self.text.classes
-        states, apart = self._read(sentences, classes)
+        states, apart = self.read(sentences)
         rows = states.rows.expand(image.shape[0], -1, -1)  # (B, C*K, E)
         x, early = self.vision.stem(image)
         maps = []
@@ -107,9 +107,10 @@ class BiPVLSeg(nn.Module):
         logits = self.head(features, text, apart)
         return Output(logits, class_maps, concept_rows, concepts, seen, weights, text, features)
 
-    def _read(self, sentences: Sentences | None, classes: int) -> tuple[TextStates, Tensor]:
-        """The sentences, and what sets their classes apart."""
+    def read(self, sentences: Sentences | None) -> tuple[TextStates, Tensor]:
+        """The sentences, None for the task's own, and D (C, E), what sets their classes apart."""
         text = self.text
+        classes = sentences.classes if sentences else text.classes
         if isinstance(self.head, FixedHead):
             assert classes == text.classes, f"{classes} classes for a head of {text.classes}"
         text.begin_step()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lib.model.nets.bipvl import BiPVLSeg
-from lib.model.nets.heads import TextHead, distinction
+from lib.model.nets.heads import TextHead
 from lib.tasks import Task
 
 KEY = "places"  # in a checkpoint
@@ -65,14 +65,11 @@ def logits_at(model: BiPVLSeg, places: Places, rows: Sequence[Sequence[str]]) ->
     training = model.training
     model.eval()
     try:
-        states, reference = text.read(text.tokenize([list(sentences) for sentences in rows])), text.read(text.reference)
-        count = text.reference.classes if text.reference else text.classes
+        states, apart = model.read(text.tokenize([list(sentences) for sentences in rows]))
         state = states.rows[None]
         for stage in (1, 2, 3):
             state = text.advance(stage, state, states)
         vectors = model.project_text(state.unflatten(1, (len(rows), -1))).mean(2)
-        own = reference.meaning.unflatten(0, (count, -1))
-        apart = distinction(states.meaning.unflatten(0, (len(rows), -1)), own)
         features = places.features.to(vectors.device).T[None, :, :, None, None]
         logits = head(features, vectors, apart)[0, :, :, 0, 0]
     finally:

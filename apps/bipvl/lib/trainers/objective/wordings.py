@@ -18,7 +18,7 @@ from torch import Tensor
 from lib.model.nets.text import Sentences, StageDividedBert
 from lib.tasks import ATTRIBUTES, Task
 from lib.tasks.absent import absent_texts
-from lib.tasks.wording import MIRROR, exchanged, misspelt
+from lib.tasks.wording import MIRROR, exchanged, exchanged_rows, misspelt
 
 ABSENT = -1  # number of a class that no voxel shows
 BESIDE = 2  # at most so many texts of absent classes beside those of all classes
@@ -64,7 +64,7 @@ class Wordings:
 
     def _mirrored(self, rows: list[list[str]]) -> Sentences | None:
         """The task's text for a mirrored patient; None for sentences that name no side, which are read once."""
-        mirrored = self.text.tokenize([[exchanged(s, *MIRROR) for s in sentences] for sentences in rows])
+        mirrored = self.text.tokenize(exchanged_rows(rows, *MIRROR))
         return mirrored if mirrored.key != self.text.key else None
 
     def _fill(self, task: Task) -> None:
