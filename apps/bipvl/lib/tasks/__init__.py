@@ -21,11 +21,7 @@ from lib.tasks.loading import (
 )
 from lib.tasks.names import check_names, folded, meant
 from lib.tasks.schema import (
-    AXES,
-    UNJUDGED,
     VISION_BACKBONES,
-    Augmentation,
-    Axis,
     Frozen,
     Intensity,
     Label,
@@ -34,9 +30,8 @@ from lib.tasks.schema import (
     ScratchText,
     Snomed,
     Task,
-    Training,
-    Unjudged,
 )
+from lib.tasks.training import AXES, UNJUDGED, Augmentation, Axis, Training, Unjudged
 
 __all__ = [
     "ATTRIBUTES",

@@ -1,4 +1,5 @@
-"""The schema of a task file: labels, regions, intensities, network and training, checked against each other."""
+"""The schema of a task file: labels, regions, intensities and network, checked against each other and against how it is
+trained (`lib.tasks.training`)."""
 
 from __future__ import annotations
 
@@ -9,16 +10,12 @@ from pydantic import Field, model_validator
 
 from lib.tasks.concepts import ATTRIBUTES, Concepts, StrictModel, TaskError, TextFormat
 from lib.tasks.names import check_names, meant
+from lib.tasks.training import Augmentation, Training
 from lib.tasks.wording import markup
 
 Backbone = Literal["swin_unetr", "swin_unetr_v2", "unetr", "unet", "unetpp", "resenc", "mednext"]
 VISION_BACKBONES: tuple[Backbone, ...] = get_args(Backbone)
 Frozen = Literal["none", "lower", "all"]  # of the text encoder: nothing, embeddings and stage 1, or all of it
-Unjudged = Literal["keep", "publish"]  # what becomes of a version that cannot be compared with the served one
-UNJUDGED: tuple[Unjudged, ...] = get_args(Unjudged)
-
-Axis = Literal["left-right", "posterior-anterior", "inferior-superior"]
-AXES: tuple[Axis, ...] = ("left-right", "posterior-anterior", "inferior-superior")  # the axes of a RAS volume
 
 
 class Snomed(StrictModel):
@@ -124,57 +121,6 @@ class ModelSpec(StrictModel):
         if self.vision.startswith("swin") and self.feature_size % 12:
             raise ValueError(f"feature_size {self.feature_size}: {self.vision} needs a multiple of 12")
         return self
-
-
-class Training(StrictModel):
-    """Training defaults (paper, section 4.1). The train request can override each of them."""
-
-    epochs: Annotated[int, Field(ge=1)] = 300
-    val_interval: Annotated[int, Field(ge=1)] = 5
-    batch_size: Annotated[int, Field(ge=1)] = 1
-    patches_per_case: Annotated[int, Field(ge=1)] = 2
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    language_learning_rate: Annotated[float, Field(gt=0)] = 1e-4  # of the text encoder (docs/running/training.md)
-    min_learning_rate: Annotated[float, Field(ge=0)] = 1e-7
-    continued_rate: Annotated[float, Field(gt=0)] = 1.0  # of the rates, in a round that goes on from a version
-    warm_up: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of a round over which the rates rise
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-5
-    hard_negatives: Annotated[int, Field(ge=1)] = 3
-    temperature: Annotated[float, Field(gt=0)] = 0.2
-    text_interval: Annotated[int, Field(ge=1)] = 1  # steps that a reading of the text lasts (docs/running/training.md)
-    text_noise: Annotated[float, Field(ge=0)] = 0.01
-    drop_classes: Annotated[float, Field(ge=0, le=1)] = 0.0  # text head: share of steps that know some classes only
-    drop_concepts: Annotated[float, Field(ge=0, le=1)] = 0.0  # text head: share of steps that read some sentences only
-    mirror: Annotated[float, Field(ge=0, le=1)] = 0.0  # text head: share of steps that mirror patient and words
-    vary_wording: Annotated[float, Field(ge=0, le=1)] | None = None  # text head: share that draws (`Task.vary_wording`)
-    typing_errors: Annotated[float, Field(ge=0, le=1)] = 0.0  # text head: share of sentences with a typing error
-    absent: Annotated[float, Field(ge=0, le=1)] = 0.0  # text head: share of steps with texts of what is not there
-    global_weight: Annotated[float, Field(ge=0)] = 1.0
-    local_weight: Annotated[float, Field(ge=0)] = 1.0
-    gate_margin: Annotated[float, Field(ge=0, le=1)] = 0.02  # how much Dice one class may lose in a round
-    gate_min_cases: Annotated[int, Field(ge=1)] = 1
-    gate_unjudged: Unjudged = "keep"
-    gate_clicks: Annotated[int, Field(ge=0)] = 4  # cases on which a robot user clicks, for the gate
-    gate_reading: Annotated[float, Field(ge=0, le=1)] | None = None  # how much Dice with unseen wordings may fall
-    refiner: Annotated[int, Field(ge=0)] = 0  # simulated corrections of the second stage (docs/running/training.md)
-    cross_validate: bool = True  # while there are too few cases to set one aside
-
-
-class Augmentation(StrictModel):
-    """Random changes of a training patch. `flip` names axes of the RAS volume; a task with left and right classes must
-    not flip left-right, because the flipped left kidney would still be called left."""
-
-    flip: tuple[Axis, ...] = ()
-    flip_probability: Annotated[float, Field(ge=0, le=1)] = 0.5
-    rotate_degrees: Annotated[float, Field(ge=0, le=180)] = 15.0
-    rotate_probability: Annotated[float, Field(ge=0, le=1)] = 0.3
-    shift_intensity: Annotated[float, Field(ge=0)] = 0.1
-    scale_intensity: Annotated[float, Field(ge=0)] = 0.1
-    zoom: Annotated[float, Field(ge=0, lt=1)] = 0.0  # up to this share larger or smaller
-    zoom_probability: Annotated[float, Field(ge=0, le=1)] = 0.3
-    gamma: Annotated[float, Field(ge=0)] = 0.0  # exponents of the intensity from 1 / (1 + gamma) to 1 + gamma
-    noise: Annotated[float, Field(ge=0)] = 0.0  # standard deviation at most, in units of the network's input
-    intensity_probability: Annotated[float, Field(ge=0, le=1)] = 0.5
 
 
 class Task(StrictModel):
