@@ -52,6 +52,7 @@ from benchmarks.documents import insert
 from lib.model import checkpoints
 from lib.model.nets import BiPVLSeg
 from lib.model.nets.text import Sentences
+from lib.model.nets.vision import lay_out
 from lib.tasks import Task
 from lib.trainers.objective import TrainingNetwork
 
@@ -119,6 +120,7 @@ def execute(
     probes = Preprocessed(task, (split.validation or split.test)[:4], work / "volumes", spec.field)
     probe = [Patches(task, list(probes), PROBE_PATCHES, 1)[i] for i in range(PROBE_PATCHES)]
     network = build_network(spec, task).to(device)
+    lay_out(network)
     prepared = seconds_since(start)
 
     start, cpu = time.perf_counter(), time.process_time()

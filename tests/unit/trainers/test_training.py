@@ -104,6 +104,7 @@ def test_sigmas_are_trained_without_weight_decay_and_bounded(tmp_path):
     task = small_trainer(tmp_path).task
     trainer = RoundTask(task, tmp_path, Round({}, [], [], Examined(task)))
     context = trainer_module.Context()
+    context.device = torch.device("cpu")
     context.request = {"seed": 0, "learning_rate": 1e-3}
     context.network = trainer.network(context)
     groups = trainer.optimizer(context).param_groups
@@ -121,6 +122,7 @@ def test_a_round_that_goes_on_from_a_version_takes_its_share_of_every_rate(tmp_p
     task = small_trainer(tmp_path).task
     trainer = RoundTask(task, tmp_path, Round({}, [], [], Examined(task)))
     context = trainer_module.Context()
+    context.device = torch.device("cpu")
     context.request = {"seed": 0, "learning_rate": 1e-3, "continued_rate": 0.1}
     context.network = trainer.network(context)
     fresh = [group["lr"] for group in trainer.optimizer(context).param_groups]

@@ -21,6 +21,7 @@ from torch import Tensor
 from lib.files import write_json
 from lib.model import checkpoints
 from lib.model.nets import TextAssets, build_model
+from lib.model.nets.vision import lay_out
 from lib.model.reports.page import Examined
 from lib.model.versions import Versions
 from lib.stores.cases import audit
@@ -169,6 +170,12 @@ class RoundTask(TrainTask):
         return training, this.validation
 
     def network(self, context: Context) -> TrainingNetwork:
+        network = self._network(context)
+        if context.device.type == "cpu":
+            lay_out(network)
+        return network
+
+    def _network(self, context: Context) -> TrainingNetwork:
         set_determinism(int(context.request["seed"]))
         this = self.this
         if this.saved:

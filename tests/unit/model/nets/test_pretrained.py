@@ -375,7 +375,7 @@ def test_the_map_before_training_and_the_benchmark_start_there_too(theirs, tmp_p
 def test_a_round_starts_from_the_file_until_a_version_is_served(theirs, tmp_path, caplog):
     path = written(tmp_path, btcv(theirs))
     task, versions = named(path), Versions(tmp_path / "m")
-    context = SimpleNamespace(request={"seed": 0})
+    context = SimpleNamespace(request={"seed": 0}, device=torch.device("cpu"))
 
     def network(parent):
         this = Round({}, [], [], Examined(task), parent=parent)

@@ -7,7 +7,7 @@ from monai.networks.nets import UNETR, BasicUNetPlusPlus, MedNeXt, SwinUNETR
 from monai.networks.nets.swin_unetr import WindowAttention, compute_mask
 from torch import nn
 
-from lib.model.nets.vision import build_vision
+from lib.model.nets.vision import build_vision, lay_out
 from lib.model.nets.vision.resenc import plan
 from lib.model.nets.vision.swin_unetr import FusedWindowAttention
 from support.helpers import tiny_task
@@ -124,6 +124,24 @@ def test_mednext_computes_what_monais_own_network_computes():
     image = torch.randn(1, 1, *PATCH)
     with torch.no_grad():
         torch.testing.assert_close(plain.out_0(backbone(image)), plain(image))
+
+
+def test_weights_laid_out_for_a_cpu_compute_the_same():
+    """Masks and gradients; the weights are the same numbers in another order, whatever network holds them."""
+    image, found = torch.ones(1, 1, *PATCH).cumsum(2) / 64, []
+    for laid_out in (False, True):
+        torch.manual_seed(0)
+        backbone = build_vision(tiny_task(patch=PATCH, model={"vision": "resenc", "feature_size": 8})).train()
+        if laid_out:
+            lay_out(nn.ModuleDict({"vision": backbone}))
+        first = next(p for p in backbone.parameters() if p.dim() == 5 and p.shape[1] > 1)
+        assert first.is_contiguous(memory_format=torch.channels_last_3d) == laid_out
+        features = backbone(image)
+        features.square().mean().backward()
+        found.append((features, [p.grad for p in backbone.parameters()]))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-5)
+    for plain, other in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(plain, other, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("vision", ["resenc", "mednext"])

@@ -13,13 +13,13 @@ from functools import partial
 from typing import Any
 
 from lib.model.nets.vision.protocol import STAGES, VisionBackbone
-from lib.model.nets.vision.resenc import ResEncBackbone
+from lib.model.nets.vision.resenc import ResEncBackbone, lay_out
 from lib.model.nets.vision.swin_unetr import SwinUNETRBackbone
 from lib.model.nets.vision.unetr import UNETRBackbone
 from lib.model.nets.vision.unets import MedNeXtBackbone, UNetBackbone, UNetPlusPlusBackbone
 from lib.tasks import Task
 
-__all__ = ["BACKBONES", "STAGES", "VisionBackbone", "build_vision"]
+__all__ = ["BACKBONES", "STAGES", "VisionBackbone", "build_vision", "lay_out"]
 
 BACKBONES: dict[str, Callable[..., VisionBackbone]] = {
     "swin_unetr": partial(SwinUNETRBackbone, v2=False),

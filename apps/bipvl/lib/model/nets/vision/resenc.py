@@ -98,7 +98,7 @@ class ResEncBackbone(VisionBackbone):
 
     def stem(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
         encoder = self.net.encoder
-        full = self.run(encoder.stages[0], encoder.stem(image))
+        full = self.run(encoder.stages[0], encoder.stem(_in_order(image)))
         half = self.run(encoder.stages[1], full)
         return half, [full, half]
 
@@ -111,6 +111,21 @@ class ResEncBackbone(VisionBackbone):
         for up, level, skip in zip(decoder.transpconvs, decoder.stages, reversed(skips), strict=True):
             decoded.append(level(torch.cat((up(decoded[-1]), skip), 1)))
         return decoded[-4:]
+
+
+def lay_out(network: nn.Module) -> None:
+    """Lay the weights of ResEnc's convolutions out in place as a CPU trains them fastest, channels last.
+
+    With the features alone laid out so (`_in_order`), a step would take a tenth longer (docs/research/speed.md).
+    """
+    for module in network.modules():
+        if isinstance(module, ResEncBackbone) and next(module.parameters()).device.type == "cpu":
+            module.to(memory_format=torch.channels_last_3d)
+
+
+def _in_order(image: Tensor) -> Tensor:
+    """On a CPU with channels last, whose convolutions train a tenth faster and give the same numbers to six digits."""
+    return image.contiguous(memory_format=torch.channels_last_3d) if image.device.type == "cpu" else image
 
 
 def _kernel(lengths: Sequence[float], above: Sequence[int]) -> tuple[int, ...]:
