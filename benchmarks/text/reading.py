@@ -143,7 +143,11 @@ def texts(task: Task) -> Iterator[Text]:
     if pair := PAIRS.get(task.name):
         order = tuple(twin(names, n, *pair) for n in range(count))
         words = " and ".join(pair)
-        yield Text(f"{words} exchanged", exchanged_rows(own, *pair), order=order)
+        for kind, rows in (("", own), *((f", {kind}", rows) for kind, rows in worded)):
+            swapped = exchanged_rows(rows, *pair)
+            # Other people's names of a class may have neither word.
+            if all(swapped[n][0] != rows[n][0] for n in range(count) if order[n] != n):
+                yield Text(f"{words} exchanged{kind}", swapped, order=order)
         name_alone = [[exchanged_rows([row], *pair)[0][0]] * width for row in own]
         yield Text(f"{words} exchanged, sentence of the name only", name_alone, order=order)
     for share, found in (("known", absent_texts(task)), ("aside", absent_texts(task, aside=True))):

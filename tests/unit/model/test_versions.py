@@ -39,6 +39,7 @@ def test_checkpoint_rebuilds_the_same_model_without_any_file(task, store):
     number = store.publish(saved)
     model, restored = versions.restore_model(versions.load(store.path(number)))
     assert restored == task
+    assert not any(module.training for module in model.modules()), "ready to predict"
     state = model.state_dict()
     assert state.keys() == saved["model"].keys()
     assert all(torch.equal(state[k], saved["model"][k]) for k in state)

@@ -116,7 +116,7 @@ def load_tensors(path: Path) -> Any:
 def restore_model(
     checkpoint: dict[str, Any], path: Path | str = "checkpoint", current: Task | None = None
 ) -> tuple[BiPVLSeg, Task]:
-    """Rebuild the network and the task that a checkpoint holds.
+    """Rebuild the network, in evaluation mode, and the task that a checkpoint holds.
 
     Args:
         checkpoint: from `load`.
@@ -142,7 +142,7 @@ def restore_model(
     if current is not None and reads and current.classes != task.classes:
         task = task.extended(current)
         model.text.describe(task.text_rows())
-    return model, task
+    return model.eval(), task
 
 
 def load_weights(model: BiPVLSeg, checkpoint: dict[str, Any]) -> None:

@@ -225,6 +225,7 @@ def predict(
         ValueError: overlap out of range.
         torch.OutOfMemoryError: even one window at a time, stitched on the CPU, does not fit.
     """
+    assert not model.training, "in training mode dropout would draw part of the mask by chance"
     overlap = task.overlap if overlap is None else overlap
     if not 0 <= overlap < 1:
         raise ValueError(f"overlap {overlap}: valid is 0 up to, but not including, 1")
