@@ -6,9 +6,9 @@
 Each writes `apps/bipvl/shipped/<task>.pt` and prints what its card says. The numbers repeat on one machine with the
 same number of threads.
 
-The hippocampus model is a run of `benchmarks.accuracy`, which takes one core an hour and a quarter. If its checkpoint
-is in the work folder, it is taken from there. Its head then learns more words in five minutes
-(`benchmarks.text.second_stage`). The phantom model trains on phantoms with other seeds than the quickstart's
+The hippocampus model is a run of `benchmarks.accuracy`, which takes one core forty minutes, or twice that on a slow
+machine. If its checkpoint is in the work folder, it is taken from there. Its head then learns more words in five
+minutes (`benchmarks.text.second_stage`). The phantom model trains on phantoms with other seeds than the quickstart's
 examples and the scored ones, in ten minutes of one core. With `--real FOLDER` it is also scored on two CT scans with
 automatic labels (TotalSegmentator's examples).
 """
@@ -149,7 +149,7 @@ def hippocampus_command(
     data: Annotated[Path, typer.Option(help="folder of the data set")],
     work: Annotated[Path, typer.Option(help="preprocessed volumes, checkpoint")] = WORK,
     out: Annotated[Path, typer.Option(help="checkpoint to write")] = SHIPPED / f"{HIPPOCAMPUS}.pt",
-    iterations: Annotated[int, typer.Option(help="training steps")] = 2400,
+    iterations: Annotated[int, typer.Option(help="training steps")] = 4200,
     steps: Annotated[int, typer.Option(help="steps of the second stage, which teaches the head more words")] = 400,
 ) -> None:
     """Train on 120 crops of the data set, and score on 60 others."""

@@ -24,6 +24,8 @@ ABSENT = -1  # number of a class that no voxel shows
 BESIDE = 2  # at most so many texts of absent classes beside those of all classes
 MISSPELT = 2  # copies of each sentence with a typing error
 NAME = "class"  # the attribute that names the class
+NAMING = ATTRIBUTES.index(NAME)
+NAME_ALONE = 1 / 3  # of the steps that leave sentences out
 SEED = 0  # of the typing errors, which are made once
 
 
@@ -105,9 +107,12 @@ class Wordings:
             return self.held
         if torch.rand(()) < recipe.absent:
             classes = self._with_absent(classes)
+        attributes = concepts.tolist()
+        if attributes == [NAMING] and torch.rand(()) < 0.5:
+            concepts, attributes = torch.arange(len(self.rows[0])), [NAMING] * len(self.rows[0])
         vary = bool(torch.rand(()) < self.share)
         drawn = [
-            self._absent(concepts) if n == ABSENT else [self._wording(n, k, vary, mirror) for k in concepts.tolist()]
+            self._absent(attributes) if n == ABSENT else self._text(n, attributes, vary, mirror)
             for n in classes.tolist()
         ]
         self.held = Reading(self._sentences(drawn, concepts), classes, mirror)
@@ -115,11 +120,12 @@ class Wordings:
 
     def _concepts(self) -> Tensor:
         """Some of the concepts, or all: two classes with the same sentences about some of them need the others. In a
-        third of the steps that leave some out the name alone is left: what is asked for most often is a name."""
+        third of the steps that leave some out the name alone is left: what is asked for most often is a name. In half
+        of these it stands in the place of every sentence, as in the request of somebody who knows nothing more."""
         every = torch.arange(len(self.rows[0]))
         some = _some(every, self.recipe.drop_concepts)
-        if self.bank is not None and len(some) < len(every) and torch.rand(()) < 1 / 3:
-            some = torch.tensor([ATTRIBUTES.index(NAME)])
+        if self.bank is not None and len(some) < len(every) and torch.rand(()) < NAME_ALONE:
+            some = torch.tensor([NAMING])
         read = [tuple(sentences[k] for k in some.tolist()) for sentences in self.rows]
         return some if len(set(read)) == len(read) else every
 
@@ -131,24 +137,29 @@ class Wordings:
         replaced = torch.randperm(len(classes))[: _below(len(classes)) + 1]
         return classes.index_fill(0, replaced, ABSENT)
 
+    def _text(self, n: int, attributes: Sequence[int], vary: bool, mirror: bool) -> list[int]:
+        """A wording of each attribute of a class; of one that stands for all, the same for all."""
+        found = {k: self._wording(n, k, vary, mirror) for k in dict.fromkeys(attributes)}
+        return [found[k] for k in attributes]
+
     def _wording(self, n: int, k: int, vary: bool, mirror: bool) -> int:
         wordings = self.worded[n][k]
         copies = wordings[_below(len(wordings)) if vary else 0][int(mirror)]
         wrong = len(copies) > 1 and bool(torch.rand(()) < self.recipe.typing_errors)
         return copies[1 + _below(len(copies) - 1) if wrong else 0]
 
-    def _absent(self, concepts: Tensor) -> list[int]:
+    def _absent(self, attributes: Sequence[int]) -> list[int]:
         """A structure, sentences of several structures, ordinary sentences, or one of any kind again and again."""
-        kind, numbers = _below(4), concepts.tolist()
+        kind = _below(4)
         structure = self.structures[_below(len(self.structures))]
         if kind == 0:
-            return [structure[k] for k in numbers]
+            return [structure[k] for k in attributes]
         if kind == 1:
-            return [self.structures[_below(len(self.structures))][k] for k in numbers]
+            return [self.structures[_below(len(self.structures))][k] for k in attributes]
         if kind == 2:
-            return [self.ordinary[_below(len(self.ordinary))] for _ in numbers]
+            return [self.ordinary[_below(len(self.ordinary))] for _ in attributes]
         one = structure[0] if torch.rand(()) < 0.5 else self.ordinary[_below(len(self.ordinary))]
-        return [one] * len(numbers)
+        return [one] * len(attributes)
 
     def _sentences(self, drawn: Sequence[Sequence[int]], concepts: Tensor) -> Sentences:
         assert self.bank is not None
