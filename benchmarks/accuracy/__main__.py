@@ -120,7 +120,7 @@ def execute(
     probes = Preprocessed(task, (split.validation or split.test)[:4], work / "volumes", spec.field)
     probe = [Patches(task, list(probes), PROBE_PATCHES, 1)[i] for i in range(PROBE_PATCHES)]
     network = build_network(spec, task).to(device)
-    lay_out(network)
+    lay_out(network, device)
     prepared = seconds_since(start)
 
     start, cpu = time.perf_counter(), time.process_time()

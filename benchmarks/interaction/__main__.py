@@ -169,7 +169,7 @@ def refine_command(
     if errors:
         other, its_task = checkpoints.restore_model(checkpoints.load(errors), errors)
         for n in range(errors_seen, len(prepared)):
-            prepared[n] = with_errors_of(prepared[n], other.eval(), its_task, volumes[n]["image"])
+            prepared[n] = with_errors_of(prepared[n], other, its_task, volumes[n]["image"])
     unseen = split.test[:held_out]
     own = prepare(model, task, unseen, Preprocessed(task, unseen, work_folder / "volumes", field))
     prepared += [replace(case, errors=case.margins) for case in own]

@@ -37,7 +37,6 @@ def main(
     keep_freed_memory()
     torch.set_num_threads(threads)
     model, task = checkpoints.restore_model(checkpoints.load(checkpoint), checkpoint)
-    model.eval()
     assert not task.overlapping, "this benchmark decides by the most probable class"
     with tempfile.TemporaryDirectory() as folder:
         if data is None:

@@ -67,7 +67,6 @@ def run_command(
     """Score faultless and injected cases with every method; methods were chosen on the validation patients."""
     for file in files:
         model, task = checkpoints.restore_model(checkpoints.load(file), file)
-        model.eval()
         split = split_cases(find_cases(data))
         run: dict[str, Any] = {"head": task.model.head, "checkpoint": file.stem}
         for part in on:

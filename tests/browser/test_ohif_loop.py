@@ -262,8 +262,9 @@ def test_annotators_loop(site: Site, visit: Visit) -> None:
     percent = in_view(visit, drawing(visit, f"uncertainty quickstart {site.series[free]}"))
     changed = np.abs(sampled(visit.shown()) - sampled(certain)).max(-1)
     assert changed[percent < 0].max() == 0
-    assert changed[percent == 0].mean() < 1
-    assert changed[percent >= 30].mean() > 10  # from there on the colours cover nearly half of the image
+    unsure = percent >= 30  # from there on the colours cover nearly half of the image
+    assert unsure.any(), "there is something to colour"
+    assert changed[percent == 0].mean() < 1 and changed[unsure].mean() > 10
     page.unroute("**/datastore/label?*")
     button(visit, "Hide the uncertainty").click()
     button(visit, "Show the uncertainty").wait_for()

@@ -104,6 +104,11 @@ def test_empty_windows_are_skipped_and_are_background(task):
     assert prediction.concept_weights.sum(-1) == pytest.approx(torch.ones(3), abs=1e-5)
 
 
+def test_a_network_in_training_mode_predicts_nothing(task):
+    with pytest.raises(AssertionError, match="in training mode dropout"):
+        predict(build_model(task).train(), torch.rand(1, *PATCH), task)
+
+
 def test_weights_and_text_are_those_that_the_network_returned(task):
     torch.manual_seed(0)
     model = build_model(task).eval()

@@ -226,7 +226,7 @@ def test_the_bare_name_is_read_too():
     steps = drawn(network_for(task_for(drop_concepts=1.0)))
     alone = [texts for r, texts in steps if r.sentences.concepts is not None and r.sentences.concepts.tolist() == [0]]
     repeated = [texts for r, texts in steps if r.sentences.concepts is None and len(set(texts[0])) == 1]
-    assert 40 < len(alone) < 80 and 30 < len(repeated) < 80
+    assert 40 < len(alone) < 80 and 30 < len(repeated) < 80 and 90 < len(alone) + len(repeated) < 150
     for kind, times in ((alone, 1), (repeated, len(ATTRIBUTES))):
         assert all(len(text) == times for texts in kind for text in texts)
         bare = [text[0] for texts in kind for text in texts if letters(text[0]) in ("liver", "spleen", "aorta")]

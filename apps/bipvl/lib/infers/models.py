@@ -142,7 +142,7 @@ class Models:
             if new:
                 warnings.append(f"version {version} never saw a label of {', '.join(new)}: found by description alone")
             kept = usable_refiner(checkpoint, model, path), places_in(checkpoint, model)
-            self._models[key] = Loaded(version, model.to(device).eval(), task, file, warnings, *kept)
+            self._models[key] = Loaded(version, model.to(device), task, file, warnings, *kept)
         return self._used(key)
 
     def _fresh(self, device: str) -> Loaded:

@@ -171,8 +171,7 @@ class RoundTask(TrainTask):
 
     def network(self, context: Context) -> TrainingNetwork:
         network = self._network(context)
-        if context.device.type == "cpu":
-            lay_out(network)
+        lay_out(network, context.device)
         return network
 
     def _network(self, context: Context) -> TrainingNetwork:

@@ -133,7 +133,7 @@ def test_weights_laid_out_for_a_cpu_compute_the_same():
         torch.manual_seed(0)
         backbone = build_vision(tiny_task(patch=PATCH, model={"vision": "resenc", "feature_size": 8})).train()
         if laid_out:
-            lay_out(nn.ModuleDict({"vision": backbone}))
+            lay_out(nn.ModuleDict({"vision": backbone}), torch.device("cpu"))
         first = next(p for p in backbone.parameters() if p.dim() == 5 and p.shape[1] > 1)
         assert first.is_contiguous(memory_format=torch.channels_last_3d) == laid_out
         features = backbone(image)

@@ -108,6 +108,7 @@ class Wordings:
         if torch.rand(()) < recipe.absent:
             classes = self._with_absent(classes)
         attributes = concepts.tolist()
+        # Half of the lone names stand in the place of every sentence, as in a request of who knows nothing more.
         if attributes == [NAMING] and torch.rand(()) < 0.5:
             concepts, attributes = torch.arange(len(self.rows[0])), [NAMING] * len(self.rows[0])
         vary = bool(torch.rand(()) < self.share)
@@ -120,8 +121,7 @@ class Wordings:
 
     def _concepts(self) -> Tensor:
         """Some of the concepts, or all: two classes with the same sentences about some of them need the others. In a
-        third of the steps that leave some out the name alone is left: what is asked for most often is a name. In half
-        of these it stands in the place of every sentence, as in the request of somebody who knows nothing more."""
+        third of the steps that leave some out the name alone is left: what is asked for most often is a name."""
         every = torch.arange(len(self.rows[0]))
         some = _some(every, self.recipe.drop_concepts)
         if self.bank is not None and len(some) < len(every) and torch.rand(()) < NAME_ALONE:
